@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+# Editable, so that tests run the code of this tree.
+.venv/.ready: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+test: .venv/.ready  ## the gate: notebooks clean, exports in sync, notebooks run, pytest
+	$(BIN)/python tools/check_sync.py
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest -q tests
+
+demo: .venv/.ready  ## pretrain on scikit-learn's digits, compare kNN accuracies, draw pictures
+	$(BIN)/ressl_pretrain digits --out demo
+
+sync: .venv/.ready  ## clean the notebooks, export the modules, write README.md
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+	$(BIN)/python tools/readme.py
+
+clean:  ## remove what can be made again, the environment too
+	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache
+
+.PHONY: help test demo sync clean
