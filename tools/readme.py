@@ -11,12 +11,16 @@ def render(root):
     "{path relative to `root`: bytes} of README.md and its pictures"
     nb = nbformat.read(Path(root)/'nbs'/'index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source)]
-    for c in nb.cells: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    nb.metadata['language_info'] = {'name': 'python'}  # nbdev-clean takes it away; without it code is not highlighted
+    for c in nb.cells:
+        echo = not re.search(r'^#\|\s*echo:\s*false', c.source, flags=re.M)
+        c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M) if echo else ''
     md,res = MarkdownExporter().from_notebook_node(nb, resources={'output_files_dir': 'README_files', 'unique_key': 'index'})
     doc_url = get_config(root).doc_url
     md = re.sub(r'\]\((?!https?:)([^)#]+\.ipynb)', lambda m: f"]({doc_url}{nbpath2html(m[1]).as_posix()}", md)
+    md = md.replace('```python\n\n```', '')  # cells that show only what they give
     note = '<!-- made from nbs/index.ipynb by tools/readme.py: edit the notebook -->\n\n'
-    return {'README.md': (note + re.sub(r'\n{3,}', '\n\n', md).strip() + '\n').encode(), **res.get('outputs', {})}
+    return {'README.md': (note + re.sub(r'\n([ \t]*\n){2,}', '\n\n', md).strip() + '\n').encode(), **res.get('outputs', {})}
 
 
 def write_readme(root):

@@ -1,0 +1,233 @@
+"What happens around the steps: data as it comes, labels, accumulation, skipped steps, errors, `lr_find`, saving."
+import random
+from functools import partial
+
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from fastai.vision.all import (Callback, CancelFitException, CancelStepException, DataBlock, GradientAccumulation, ImageBlock, ImageDataLoaders, MixedPrecision,
+    Normalize, PILImage, RandomResizedCrop, RandomSplitter, Resize, SaveModelCallback, SGD, TensorImage, Transform, aug_transforms, get_image_files, imagenet_stats)
+from torch import Tensor, nn
+
+from ressl_fastai.callback import ReSSL, get_normalize
+from ressl_fastai.data import digits_dls
+from ressl_fastai.evaluate import KNNAccuracy
+from ressl_fastai.learner import load_encoder, ressl_learner
+from ressl_fastai.losses import ressl_loss
+from ressl_fastai.models import small_resnet
+
+class NoBN(nn.Sequential):
+    "A network in which images of a batch do not meet"
+    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
+
+def identity(x): return x
+def darker(x): return x*0.5
+
+def make(dls=None, arch=None, seed=0, **kwargs):
+    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    dls = dls or digits_dls(8, bs=64)
+    kw = dict(queue_size=200, n_hidden=16, dim=8, metrics=[])
+    return ressl_learner(dls, arch or NoBN(), **{**kw, **kwargs})
+
+def fit(learn, n=1, lr=1e-2, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kwargs)
+    return learn
+
+def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+class See(Callback):
+    "Keeps what student and teacher are given"
+    order = ReSSL.order+0.5
+    def before_fit(self): self.strong,self.weak = [],[]
+    def before_batch(self):
+        if self.training: self.strong.append(self.xb[0].clone()); self.weak.append(self.ressl.x_teacher.clone())
+
+class Skip(Callback):
+    "Skips every step, as `MixedPrecision` does after an overflow"
+    order = MixedPrecision.order
+    def before_step(self): raise CancelStepException
+
+class Boom(Callback):
+    order = ReSSL.order+0.5
+    def __init__(self, event): setattr(self, event, self.boom)
+    def boom(self): raise KeyboardInterrupt
+
+# data as it comes
+
+def test_d33_unlabelled_data_trains_and_labels_take_no_part():
+    a,b = (fit(make(digits_dls(8, labels=l, shuffle=False))) for l in (True,False))
+    assert same(state(a), state(b))
+    assert not same(state(a), state(make()))  # it did train
+
+def test_labels_are_left_alone():
+    learn = make()
+    before = [learn.dls.valid_ds[i][1] for i in range(20)]
+    fit(learn)
+    assert before==[learn.dls.valid_ds[i][1] for i in range(20)]
+    assert learn.validate()[0]>0 and learn.get_preds()[1][:20].tolist()==[int(o) for o in before]
+
+@pytest.mark.parametrize('batch_tfms', [None, Normalize.from_stats([0.2], [0.4], cuda=False),
+    [*aug_transforms(p_affine=1., p_lighting=1., max_rotate=90.), Normalize.from_stats([0.2], [0.4], cuda=False)]], ids=['none','normalize','aug'])
+def test_d28_normalised_once_and_augmented_by_the_views_alone(batch_tfms):
+    learn,see = make(digits_dls(8, batch_tfms=batch_tfms, shuffle=False), weak_tfms=identity, strong_tfms=darker),See()
+    clean = torch.cat([b[0] for b in digits_dls(8).train.new(shuffle=False, drop_last=False)]).as_subclass(Tensor)
+    norm = get_normalize(learn.dls)
+    def normalise(x): return (x-norm.mean)/norm.std
+    fs = list(learn.dls.train.after_batch.fs)
+    fit(learn, cbs=see)
+    torch.testing.assert_close(torch.cat(see.weak), normalise(clean))
+    torch.testing.assert_close(torch.cat(see.strong), normalise(clean*0.5))
+    assert not torch.allclose(torch.cat(see.weak), normalise(normalise(clean)), atol=0.1)  # control: twice
+    assert list(learn.dls.train.after_batch.fs)==fs                                          # dls keeps its transforms
+    x,_ = next(iter(learn.dls.valid))
+    torch.testing.assert_close(x.as_subclass(Tensor), normalise(next(iter(digits_dls(8).valid))[0]).as_subclass(Tensor))
+
+def test_images_normalised_elsewhere_or_twice_are_refused():
+    dls = digits_dls(8)
+    for _ in range(2): dls.add_tfms([Normalize.from_stats([0.2], [0.4], cuda=False)], 'after_batch')
+    with pytest.raises(ValueError, match='normalise once'): make(dls)
+    shift = Transform(lambda x: x-1 if isinstance(x, TensorImage) else x); shift.order = 11
+    with pytest.raises(ValueError, match=r'must be in \[0, 1\]'): make(digits_dls(8, batch_tfms=shift))
+
+def test_colour_folder_with_item_tfms(tmp_path):
+    for i in range(24):
+        (tmp_path/str(i%2)).mkdir(exist_ok=True)
+        PILImage.create(np.random.randint(0, 255, (40,50,3), dtype=np.uint8)).save(tmp_path/str(i%2)/f'{i}.png')
+    for dls in (ImageDataLoaders.from_folder(tmp_path, valid_pct=0.25, item_tfms=RandomResizedCrop(32), batch_tfms=aug_transforms(size=24), bs=4, num_workers=0),
+                DataBlock(ImageBlock, get_items=get_image_files, splitter=RandomSplitter(0.25), item_tfms=Resize(24)).dataloaders(tmp_path, bs=4, num_workers=0)):
+        learn = make(dls, partial(small_resnet, widen=0.25), queue_size=8)
+        assert learn.model.encoder.n_in==3 and learn.ressl.strong_tfms.size==(24,24)
+        assert (get_normalize(dls).mean.flatten().cpu()-torch.tensor(imagenet_stats[0])).abs().max()<1e-6
+        before = state(learn); fit(learn); assert not same(before, state(learn))
+
+def test_d32_any_last_batch():
+    learn = fit(make(digits_dls(8, bs=100, drop_last=False), queue_size=150))  # the last batch has 37 images, which divide nothing
+    assert int(learn.model.queue.ptr)==(200+1437)%150 and int(learn.model.queue.count)==150
+
+def test_unknown_and_impossible_arguments_raise():
+    for kw,name in ((dict(queu_size=4),'queu_size'), (dict(teacher_momentum=2),'teacher_momentum'), (dict(student_temp=0),'student_temp'),
+                    (dict(queue_size=0),'size'), (dict(stem='tiny'),'stem'), (dict(weak_tfms=3),'weak_tfms')):
+        with pytest.raises((ValueError,TypeError), match=name): make(**kw)
+    with pytest.raises(ValueError, match='fastai DataLoaders'): make(type('DL', (), {'train':[1]})())
+
+# the loop
+
+def test_d18_accumulation_equals_one_large_batch():
+    "1x128 and 4x32 without batch norm: weights, teacher and queue to 1e-6"
+    def run(bs, cbs):
+        learn = make(digits_dls(8, bs=bs, shuffle=False), weak_tfms=identity, strong_tfms=darker, projector_bn=False, opt_func=partial(SGD, mom=0.), wd=0., queue_size=256)
+        return state(fit(learn, lr=0.1, cbs=cbs+[Stop(512//bs)]))
+    class Stop(Callback):
+        def __init__(self, n): self.n = n
+        def after_batch(self):
+            if self.train_iter==self.n: raise CancelFitException
+    large,small,wrong = run(128, []),run(32, [GradientAccumulation(128)]),run(32, [])
+    assert max((large[k].double()-small[k]).abs().max() for k in large)<1e-6
+    assert max((large[k].double()-wrong[k]).abs().max() for k in large)>1e-3  # control: a step for each small batch
+
+def test_d19_a_skipped_step_changes_neither_teacher_nor_queue():
+    learn = fit(make())
+    before = state(learn)
+    fit(learn, cbs=Skip())
+    after = state(learn)
+    for k in before:
+        if not ('running' in k or 'batches' in k): assert torch.equal(before[k], after[k]), k
+    fit(learn)
+    assert int(learn.model.queue.ptr)==(int(before['queue.ptr'])+22*64)%200  # keys of skipped steps are gone for good
+
+def test_d11_lr_find_changes_nothing():
+    for learn in (make(), fit(make())):
+        before = state(learn)
+        with learn.no_bar(): learn.lr_find(num_it=4, show_plot=False)
+        assert same(before, state(learn))
+
+def test_d9_d10_saved_and_loaded_whole(tmp_path):
+    learn = fit(make())
+    learn.path = tmp_path
+    before = state(learn)
+    learn.save('all')
+    fit(learn); assert not same(before, state(learn))
+    learn.load('all'); assert same(before, state(learn))
+    with learn.no_bar(): learn.validate(); learn.get_preds(); learn.get_preds(with_loss=True)
+    assert same(before, state(learn))
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch', 'before_validate'])
+def test_an_interrupt_leaves_the_learner_usable(event):
+    learn = make()
+    lf,cbs = learn.loss_func,sorted(map(str, learn.cbs))
+    with learn.no_bar(), pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Boom(event))
+    with learn.no_bar(): learn.get_preds()
+    fit(learn)
+    assert learn.loss_func is lf and sorted(map(str, learn.cbs))==cbs
+
+def test_loss_is_back_whatever_happens():
+    learn = make()
+    lf = learn.loss_func
+    for event in ('after_loss', 'after_step', 'after_batch', 'before_train'):
+        with learn.no_bar(), pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Boom(event))
+        assert learn.loss_func is lf, event
+    class Cancel(Callback):
+        def after_pred(self): raise CancelFitException
+    fit(learn, cbs=Cancel()); assert learn.loss_func is lf
+
+def test_d12_teacher_runs_inside_autocast():
+    "bfloat16 autocast of the model shows in the teacher's embeddings; the loss stays float32"
+    class Auto(Callback):
+        order = MixedPrecision.order
+        def before_batch(self): self.ctx = torch.autocast('cpu', dtype=torch.bfloat16); self.ctx.__enter__()
+        def after_loss(self): self.ctx.__exit__(None, None, None)
+    class Watch(Callback):
+        order = ReSSL.order+0.5
+        def after_loss(self):
+            net = self.model
+            self.autocast = torch.is_autocast_enabled('cpu')
+            with torch.autocast('cpu', enabled=False), torch.no_grad(): plain = net.teacher.eval()(self.ressl.x_teacher)
+            self.gap,self.dtype = (plain-self.ressl.z_teacher).abs().max().item(),self.loss.dtype
+    watch = Watch()
+    fit(make(), cbs=[Auto(), watch])
+    assert watch.dtype==torch.float32 and 1e-5<watch.gap<0.1
+
+def test_d6_queue_is_filled_with_real_embeddings_before_the_first_step():
+    class First(Callback):
+        order = ReSSL.order+0.5
+        def before_batch(self):
+            if self.train_iter==0 and self.training: self.at_start = self.model.queue.filled.clone()
+    first = First()
+    fit(make(weak_tfms=identity), cbs=first)
+    assert first.at_start.shape==(200,8)
+    torch.testing.assert_close(first.at_start.norm(dim=1), torch.ones(200))
+    assert F.cosine_similarity(first.at_start[:100], first.at_start[100:]).mean()>0.3  # random vectors would give 0
+
+def test_validation_loss_is_repeatable_and_on_clean_images():
+    learn = fit(make())
+    with learn.no_bar(): a,b = learn.validate()[0],learn.validate()[0]
+    assert a==b
+    x = torch.cat([b[0] for b in learn.dls.valid]).as_subclass(Tensor)
+    net = learn.model.eval()
+    with torch.no_grad(): want = ressl_loss(net(x), net.teacher(x), net.queue.filled)
+    assert abs(a-want.item())<1e-4
+
+def test_knn_column_drives_save_model_callback(tmp_path):
+    learn = make(metrics=KNNAccuracy(), path=tmp_path)
+    fit(learn, 2, cbs=SaveModelCallback(monitor='knn_accuracy', fname='best'))
+    assert (tmp_path/'models'/'best.pth').exists() and 0.1<learn.recorder.values[-1][2]<=1
+
+def test_summary_and_show():
+    learn = make()
+    assert 'Conv2d' in str(learn.summary())
+    learn.show_views(3)
+
+@pytest.mark.parametrize('teacher', [False, True])
+def test_encoder_file_round_trip(tmp_path, teacher):
+    learn = make(arch=small_resnet, path=tmp_path)
+    fit(learn)
+    learn.save_encoder('enc', teacher=teacher)
+    other = load_encoder(make(arch=small_resnet, path=tmp_path, seed=5), 'enc')
+    x = torch.rand(3, 1, 8, 8)
+    source = learn.model.eval().teacher[0] if teacher else learn.model.eval().encoder
+    torch.testing.assert_close(other.model.eval().encode(x), source(x), rtol=0, atol=0)
+    assert not torch.allclose(other.model.encode(x), (learn.model.encoder if teacher else learn.model.teacher[0])(x))
+    assert torch.load(tmp_path/'models'/'enc.pth', weights_only=True)['arch']=='small_resnet'
+    (tmp_path/'models'/'cut.pth').write_bytes((tmp_path/'models'/'enc.pth').read_bytes()[:1000])
+    for bad in ('cut',):
+        with pytest.raises(ValueError, match='cannot be read'): load_encoder(other, bad)
