@@ -23,7 +23,11 @@ sync: .venv/.ready  ## clean the notebooks, export the modules, write README.md
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/readme.py
 
+outputs: .venv/.ready  ## run every notebook and keep what it shows, then sync
+	PYTHONWARNINGS=ignore $(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb
+	$(MAKE) sync
+
 clean:  ## remove what can be made again, the environment too
 	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache
 
-.PHONY: help test demo sync clean
+.PHONY: help test demo sync outputs clean

@@ -10,9 +10,11 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 # %% auto #0
 __all__ = ['defaults', 'digits_defaults', 'find_data', 'find_images', 'folder_dls', 'new_folder', 'pixel_knn', 'ressl_pretrain']
 
-# %% ../nbs/12_cli.ipynb #bd5ccfa8
-import json, platform, shlex, sys
+# %% ../nbs/12_cli.ipynb #6fd0fa0d
+import json, platform, shlex, sys, warnings
 from pathlib import Path
+
+warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)  # fastai's layers, on import
 
 import fastai, torch, torchvision
 import matplotlib.pyplot as plt
@@ -21,7 +23,7 @@ from fastai.callback.schedule import fit_one_cycle  # puts it on Learner
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
-from fastai.data.transforms import GrandparentSplitter, IndexSplitter, RandomSplitter, get_image_files, parent_label
+from fastai.data.transforms import FuncSplitter, RandomSplitter, get_image_files, parent_label
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
@@ -65,28 +67,31 @@ def find_images(
     if len(files)==len(bad): raise ValueError(f"none of the {len(files)} images in {path} can be read")
     return files.filter(lambda o: o not in set(bad))
 
-# %% ../nbs/12_cli.ipynb #8a6d0cde
+# %% ../nbs/12_cli.ipynb #c2296fa7
+_splits = ('train','valid'), ('train','val'), ('train','test'), ('training','testing')
+
 def folder_dls(
     path:Path, # Folder of images
     size:int=64, # Side of the images in pixels
     bs:int=64, # Images in a batch
     gray:bool=False, # One channel instead of three
-    valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid
+    valid_pct:float=0.1, # Share of the images held out, unless there are folders for training and validation
     seed:int=42, # For the choice of the images held out
     skip_bad:bool=False, # Leave out files that cannot be read instead of refusing
     num_workers:int=None # Processes that load images; default: fastai's
 ) -> DataLoaders: # With labels if the images lie in two or more class folders
     "`DataLoaders` of the images in a folder"
     files = find_images(path, skip_bad)
-    parts = [f.relative_to(path).parts for f in files]
-    tops = {p[0] for p in parts}
-    valid_name = next((o for o in ('valid','val','test') if {'train',o}<=tops), None)
-    split = valid_name is not None
-    classes = {p[-2] for p in parts if len(p)>1+split}
-    labelled = len(classes)>1 and all(len(p)==2+split for p in parts)
-    splitter = GrandparentSplitter(valid_name=valid_name) if split and labelled else RandomSplitter(valid_pct, seed=seed)
-    blocks = (ImageBlock(PILImageBW if gray else PILImage),) + (CategoryBlock,)*labelled
+    def folders(f): return f.relative_to(path).parts[:-1]
+    tops = {folders(f)[:1] for f in files}
+    train,valid = next((o for o in _splits if {o[:1],o[1:]}<=tops), (None,None))
+    if train: files = files.filter(lambda f: folders(f)[:1] in ((train,),(valid,)))
+    splitter = FuncSplitter(lambda f: folders(f)[0]==valid) if train else RandomSplitter(valid_pct, seed=seed)
+    classes = sorted({f.parent.name for f in files})
+    labelled = len(classes)>1 and all(len(folders(f))==(2 if train else 1) for f in files)
+    blocks = [ImageBlock(PILImageBW if gray else PILImage)] + [CategoryBlock(vocab=classes)]*labelled
     block = DataBlock(blocks, get_y=parent_label if labelled else None, splitter=splitter, item_tfms=Resize(size))
+    if not len(block.datasets(files).valid): raise ValueError(f"valid_pct={valid_pct} of {len(files)} images holds none out: use more images or a larger valid_pct")
     return block.dataloaders(files, path=path, bs=bs, num_workers=num_workers)
 
 # %% ../nbs/12_cli.ipynb #2d87b98a
@@ -101,9 +106,9 @@ def new_folder(
         path.mkdir(parents=True, exist_ok=True)
         if not any(path.iterdir()): return path
 
-# %% ../nbs/12_cli.ipynb #25e79172
+# %% ../nbs/12_cli.ipynb #0aab56dc
 defaults = dict(arch='resnet18', size=64, epochs=100, bs=64, lr=1e-3, min_scale=0.2, flip_p=0.5, teacher_momentum=0.99, blur_p=0.5)
-digits_defaults = {**defaults, 'arch':'small_resnet', 'size':16, 'epochs':15, 'min_scale':0.7, 'flip_p':0., 'teacher_momentum':0.95}
+digits_defaults = {**defaults, 'arch':'small_resnet', 'size':16, 'epochs':15, 'bs':32, 'lr':2e-3, 'min_scale':0.7, 'flip_p':0., 'teacher_momentum':0.97}
 
 def _positive(**kwargs):
     for nm,val in kwargs.items():
@@ -132,7 +137,7 @@ def _save_curves(history, path):
     for ax in axs[0]: ax.set_xlabel('epoch'); ax.legend()
     fig.tight_layout(); fig.savefig(path); plt.close(fig)
 
-# %% ../nbs/12_cli.ipynb #ec75bddb
+# %% ../nbs/12_cli.ipynb #fee9c277
 @call_parse
 def ressl_pretrain(
     data:str, # A folder of images (class sub-folders are labels), 'digits', or the name of a fastai data set (a download)
@@ -140,12 +145,12 @@ def ressl_pretrain(
     arch:str=None, # torchvision, fastai or timm model; resnet18 if not given, small_resnet for digits
     size:int=None, # Side of the images in pixels; 64 if not given, 16 for digits
     epochs:int=None, # Passes over the images; 100 if not given, 15 for digits
-    bs:int=None, # Images in a batch; 64 if not given
-    lr:float=None, # Highest learning rate of the one-cycle schedule; 0.001 if not given
+    bs:int=None, # Images in a batch; 64 if not given, 32 for digits
+    lr:float=None, # Highest learning rate of the one-cycle schedule; 0.001 if not given, 0.002 for digits
     min_scale:float=None, # Smallest share of an image that a view shows; 0.2 if not given, 0.7 for digits
     flip_p:float=None, # Probability of a horizontal flip; 0.5 if not given, 0 for digits
     blur_p:float=None, # Probability of blur in a strong view; 0.5 if not given
-    teacher_momentum:float=None, # Share of the teacher that stays at each step; 0.99 if not given, 0.95 for digits
+    teacher_momentum:float=None, # Share of the teacher that stays at each step; 0.99 if not given, 0.97 for digits
     queue_size:int=None, # Embeddings in the queue; about a tenth of the images if not given
     student_temp:float=0.1, # Temperature of the student's relation
     teacher_temp:float=0.04, # Temperature of the teacher's relation
@@ -153,7 +158,7 @@ def ressl_pretrain(
     pretrained:bool=False, # Start from the library's weights (a download)
     predictor:bool=False, # Predictor after the student's projector
     gray:bool=False, # Images with one channel
-    valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid
+    valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid (val, test)
     skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
     num_workers:int=None, # Processes that load images; as many as cores if not given
     seed:int=42 # For weights, views, batches and the choice of held-out images

@@ -129,7 +129,9 @@ def show_views(self:Learner,
     if not hasattr(self, 'ressl'): raise ValueError("show_views needs a learner with the ReSSL callback")
     views.show_views(first_images(self.dls, n)[0], self.ressl.weak_tfms, self.ressl.strong_tfms, n, imsize)
 
-# %% ../nbs/07_learner.ipynb #c04c9459
+# %% ../nbs/07_learner.ipynb #39be8aa5
+def _encoder_file(file, folder): return join_path_file(str(file).removesuffix('.pth'), folder, ext='.pth')
+
 @patch
 def save_encoder(self:Learner,
     file:str|Path, # Name in `path/model_dir`, or an absolute path; '.pth' is added if missing
@@ -141,7 +143,7 @@ def save_encoder(self:Learner,
     enc,norm = model.teacher[0] if teacher else model.encoder,get_normalize(self.dls)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem, nf=enc.nf, teacher=teacher,
                  normalize=norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std)), body={k:v.cpu() for k,v in enc[0].state_dict().items()})
-    file = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    file = _encoder_file(file, self.path/self.model_dir)
     torch.save(state, aside := file.with_suffix('.part'))
     return aside.replace(file)  # an older file stays whole until the new one is
 
@@ -178,7 +180,7 @@ def _same_normalize(dls, stats, file):
         raise ValueError(f"{file} was pretrained with Normalize(mean, std) = {stats}, dls normalises with {theirs}: "
                          "leave Normalize out of dls (and normalize=False in vision_learner), the right one is added")
 
-# %% ../nbs/07_learner.ipynb #bf16fb22
+# %% ../nbs/07_learner.ipynb #24bd3668
 def load_encoder(
     learner_or_model, # `vision_learner`, `ressl_learner`, or a model whose first child is a body as from `create_encoder`
     file:str|Path # As in `save_encoder`; for a model, a path
@@ -186,7 +188,7 @@ def load_encoder(
     "Load a saved encoder into the body of another model: same stem, same normalisation, every tensor accounted for"
     learn = learner_or_model if isinstance(learner_or_model, Learner) else None
     model = get_model(learn.model) if learn else learner_or_model
-    file = join_path_file(file, learn.path/learn.model_dir if learn else Path(), ext='.pth')
+    file = _encoder_file(file, learn.path/learn.model_dir if learn else Path())
     state,body = _read_encoder(file),_body_of(model)
     old_stem = body_stem(body)
     _check_fit(set_stem(deepcopy(body), state['stem']), state, file)

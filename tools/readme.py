@@ -19,6 +19,7 @@ def render(root):
     doc_url = get_config(root).doc_url
     md = re.sub(r'\]\((?!https?:)([^)#]+\.ipynb)', lambda m: f"]({doc_url}{nbpath2html(m[1]).as_posix()}", md)
     md = md.replace('```python\n\n```', '')  # cells that show only what they give
+    md = re.sub(r'<style>.*?</style>', '', md, flags=re.S)  # of progress tables; GitHub would show it as text
     note = '<!-- made from nbs/index.ipynb by tools/readme.py: edit the notebook -->\n\n'
     return {'README.md': (note + re.sub(r'\n([ \t]*\n){2,}', '\n\n', md).strip() + '\n').encode(), **res.get('outputs', {})}
 
