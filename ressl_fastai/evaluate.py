@@ -41,7 +41,7 @@ def embed(
         for m,mode in modes: m.training = mode
     return x.float(),None if y is None or len(y)==0 else y
 
-# %% ../nbs/06_evaluate.ipynb #7a64aec0
+# %% ../nbs/06_evaluate.ipynb #431fe65b
 @torch.no_grad()
 def knn_accuracy(
     train_x:Tensor, # (n, dim) features of the bank
@@ -65,7 +65,7 @@ def knn_accuracy(
     bank,correct = F.normalize(train_x, dim=1),0
     for xs,ys in zip(*(o.split(max(1, chunk//len(bank))) for o in (F.normalize(x, dim=1), y))):
         sims,idxs = (xs @ bank.T).topk(k, dim=1)
-        votes = sims.new_zeros(len(xs), n_classes).scatter_add_(1, train_y[idxs], ((sims-1)/temp).exp())
+        votes = sims.new_zeros(len(xs), n_classes).scatter_add_(1, train_y[idxs], ((sims-sims[:,:1])/temp).exp())
         correct += (votes.argmax(1)==ys).sum().item()
     return correct/len(x)
 

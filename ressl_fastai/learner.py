@@ -13,7 +13,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 # %% auto #0
 __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss', 'ressl_learner', 'load_encoder']
 
-# %% ../nbs/07_learner.ipynb #5cd45a6f
+# %% ../nbs/07_learner.ipynb #c0da71ff
 from copy import deepcopy
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, get_model
 from fastai.vision.core import imagenet_stats
+from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -82,7 +83,11 @@ def embedding_loss(
     if pred.requires_grad: raise RuntimeError("nothing to train towards: the ReSSL callback was removed from this learner")
     return pred.new_zeros(len(pred) if reduction=='none' else ())
 
-# %% ../nbs/07_learner.ipynb #7bc113a9
+# %% ../nbs/07_learner.ipynb #6a94bbe0
+def _add_normalize(dls, stats):
+    dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+    if dls.device is not None: dls.to(dls.device)  # takes the statistics along
+
 @delegates(Learner.__init__)
 def ressl_learner(
     dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; a missing `Normalize` is added
@@ -114,9 +119,7 @@ def ressl_learner(
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_bn, predictor)
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
     learn = Learner(dls, model, loss_func=embedding_loss, opt_func=opt_func, metrics=metrics, cbs=L(ressl)+L(cbs), **kwargs)
-    if get_normalize(dls) is None:
-        stats = imagenet_stats if n_in==3 else image_stats(dls)
-        dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+    if get_normalize(dls) is None: _add_normalize(dls, imagenet_stats if n_in==3 else image_stats(dls))
     return learn
 
 # %% ../nbs/07_learner.ipynb #799aedff
@@ -129,7 +132,7 @@ def show_views(self:Learner,
     if not hasattr(self, 'ressl'): raise ValueError("show_views needs a learner with the ReSSL callback")
     views.show_views(first_images(self.dls, n)[0], self.ressl.weak_tfms, self.ressl.strong_tfms, n, imsize)
 
-# %% ../nbs/07_learner.ipynb #39be8aa5
+# %% ../nbs/07_learner.ipynb #4d610eca
 def _encoder_file(file, folder): return join_path_file(str(file).removesuffix('.pth'), folder, ext='.pth')
 
 @patch
@@ -142,12 +145,13 @@ def save_encoder(self:Learner,
     if not isinstance(model, ReSSLModel): raise ValueError(f"save_encoder needs a learner with a ReSSLModel, its model is a {type(model).__name__}")
     enc,norm = model.teacher[0] if teacher else model.encoder,get_normalize(self.dls)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem, nf=enc.nf, teacher=teacher,
-                 normalize=norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std)), body={k:v.cpu() for k,v in enc[0].state_dict().items()})
+                 normalize=norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std)), body=enc[0].state_dict())
+    for k,v in state['body'].items(): state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
     file = _encoder_file(file, self.path/self.model_dir)
     torch.save(state, aside := file.with_suffix('.part'))
     return aside.replace(file)  # an older file stays whole until the new one is
 
-# %% ../nbs/07_learner.ipynb #8f01c0b9
+# %% ../nbs/07_learner.ipynb #167aaf33
 def _read_encoder(file):
     if not file.exists(): raise FileNotFoundError(f"no encoder file {file}")
     try: state = torch.load(file, map_location='cpu', weights_only=True)
@@ -158,6 +162,7 @@ def _read_encoder(file):
 
 def _body_of(model):
     if isinstance(model, ReSSLModel): return model.encoder[0]
+    if isinstance(model, DynamicUnet): return model.layers[0]
     if isinstance(model, nn.Sequential) and len(model): return model[0]  # `Encoder`, `vision_learner`'s model
     return model
 
@@ -167,22 +172,22 @@ def _check_fit(body, state, file):
     if wrong:
         k = min(wrong)
         raise ValueError(f"{file} holds the encoder of {state['arch']} (n_in={state['n_in']}, stem={state['stem']!r}), which does not fit the model: {len(wrong)} of "
-                         f"{len(want)} tensors differ, {k} is {want.get(k, 'missing')} in the model and {have.get(k, 'missing')} in the file")
+                         f"{len(want.keys()|have.keys())} tensors differ, {k} is {want.get(k, 'missing')} in the model and {have.get(k, 'missing')} in the file")
 
 def _same_normalize(dls, stats, file):
     "Give `dls` the normalisation of pretraining; refuse another one"
     norm = get_normalize(dls)
     if stats is None and norm is None: return
-    if norm is None: return dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+    if norm is None: return _add_normalize(dls, stats)
     theirs = tuple(o.flatten().tolist() for o in (norm.mean,norm.std))
     if stats is None or not all(torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-4) for a,b in zip(stats, theirs) if len(a)==len(b)) \
        or len(stats[0])!=len(theirs[0]):
         raise ValueError(f"{file} was pretrained with Normalize(mean, std) = {stats}, dls normalises with {theirs}: "
                          "leave Normalize out of dls (and normalize=False in vision_learner), the right one is added")
 
-# %% ../nbs/07_learner.ipynb #24bd3668
+# %% ../nbs/07_learner.ipynb #35e43137
 def load_encoder(
-    learner_or_model, # `vision_learner`, `ressl_learner`, or a model whose first child is a body as from `create_encoder`
+    learner_or_model, # `vision_learner`, `unet_learner`, `ressl_learner`, or a model whose first child is a body as from `create_encoder`
     file:str|Path # As in `save_encoder`; for a model, a path
 ): # `learner_or_model`
     "Load a saved encoder into the body of another model: same stem, same normalisation, every tensor accounted for"
@@ -191,10 +196,13 @@ def load_encoder(
     file = _encoder_file(file, learn.path/learn.model_dir if learn else Path())
     state,body = _read_encoder(file),_body_of(model)
     old_stem = body_stem(body)
-    _check_fit(set_stem(deepcopy(body), state['stem']), state, file)
+    _check_fit(body if old_stem==state['stem'] else set_stem(deepcopy(body), state['stem']), state, file)
     if learn: _same_normalize(learn.dls, state['normalize'], file)
     device = next(body.parameters()).device
-    set_stem(body, state['stem']).to(device).load_state_dict(state['body'])
-    if isinstance(model, ReSSLModel): model.teacher[0][0].load_state_dict(state['body'])
-    if learn and learn.opt is not None and old_stem!=state['stem']: learn.create_opt()  # the first layer is a new one
+    for o in [body] + ([model.teacher[0][0]] if isinstance(model, ReSSLModel) else []):
+        set_stem(o, state['stem']).to(device).load_state_dict(state['body'])
+    if learn and learn.opt is not None and old_stem!=state['stem']:
+        frozen = learn.opt.frozen_idx
+        learn.create_opt()  # the first layer is a new one
+        learn.opt.frozen_idx = frozen
     return learner_or_model

@@ -31,7 +31,7 @@ from torchvision.models import get_model_builder, list_models
 from .feature_queue import FeatureQueue
 from .teacher import make_teacher, teacher_train
 
-# %% ../nbs/04_models.ipynb #1295075e
+# %% ../nbs/04_models.ipynb #95038de6
 def _arch_name(arch):
     if isinstance(arch, str): return arch
     if isinstance(arch, nn.Module): return type(arch).__name__
@@ -42,7 +42,9 @@ def _timm_body(arch, n_in, pretrained):
     try: import timm
     except ImportError as e: raise ImportError(f"arch {arch!r} is a timm name and timm is not installed: pip install ressl_fastai[timm]") from e
     if not timm.is_model(arch): raise ValueError(f"arch given as text must be a timm model name, got {arch!r} (pass torchvision's and fastai's models as functions)")
-    return TimmBody(timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in), pretrained, None, n_in)
+    body = TimmBody(timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in), pretrained, None, n_in)
+    if getattr(body.model, 'output_fmt', 'NCHW')=='NHWC': body.needs_pool = False  # its maps have channels last: let it pool
+    return body
 
 def _instantiate(arch, pretrained):
     "Call a model function by the parameter it has for pretrained weights"
@@ -65,7 +67,7 @@ def _body(arch, n_in, pretrained):
     except AssertionError as e: raise ValueError(f"{_arch_name(arch)} cannot take n_in={n_in} channels: {e}") from e
     try: body = create_body(model, cut=meta.get('cut'))
     except StopIteration: body = None
-    if body is not None and _n_convs(body)==_n_convs(model): return body
+    if body is not None and (meta.get('cut') is not None or _n_convs(body)==_n_convs(model)): return body
     for nm in ('fc', 'classifier', 'heads', 'head'):
         if hasattr(model, nm):
             setattr(model, nm, nn.Identity())
@@ -100,7 +102,7 @@ def get_arch(
 stems = {'standard':"as the architecture has it", 'small_pool':"3x3 stride 1, max-pool kept (about 64 pixels)",
          'small':"3x3 stride 1, no max-pool (about 32 pixels)"}
 
-# %% ../nbs/04_models.ipynb #2de73ae2
+# %% ../nbs/04_models.ipynb #83320dff
 def _child(m, typ):
     "Parent, name and module of the first submodule of type `typ`"
     for nm,o in m.named_modules():
@@ -131,14 +133,14 @@ def set_stem(
     else:
         new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
         nn.init.kaiming_normal_(new.weight, mode='fan_out', nonlinearity='relu')
-        setattr(parent, nm, new)
+        setattr(parent, nm, new.to(conv.weight).requires_grad_(conv.weight.requires_grad))
     if stem=='small':
         parent,nm,pool = _child(body, nn.MaxPool2d)
         if pool is not None: setattr(parent, nm, nn.Identity())
     body._ressl_stem = stem
     return body
 
-# %% ../nbs/04_models.ipynb #4f6e0332
+# %% ../nbs/04_models.ipynb #13b2b765
 class _Pool(nn.Module):
     "Mean over positions, for bodies that return feature maps; features pass"
     def forward(self, x): return x.mean((2,3)) if x.ndim==4 else x
@@ -149,24 +151,27 @@ class Encoder(nn.Sequential):
         body:nn.Module, # Returns feature maps (bs, nf, h, w) or features (bs, nf)
         arch:str, # Name of the architecture, kept with saved weights
         n_in:int=3, # Channels of the images
-        stem:str='standard', # Name of the stem `body` has
         size:int|tuple=64 # Side, or (height, width), of the image that the width of the features is found with
     ):
         super().__init__(body, _Pool())
-        self.arch,self.n_in,self.stem = arch,n_in,stem
+        self.arch,self.n_in = arch,n_in
         h,w = size if isinstance(size, (tuple,list)) else (size,size)
         modes = [(m,m.training) for m in self.modules()]
         p = next(self.parameters(), torch.zeros(()))
         try:
             with torch.no_grad(): out = self.eval()(torch.zeros(2, n_in, h, w, device=p.device, dtype=p.dtype))
         except Exception as e: raise ValueError(f"{arch} does not take images of shape {(n_in,h,w)}: {e}") from e
-        for m,mode in modes: m.training = mode
+        finally:
+            for m,mode in modes: m.training = mode
         if out.ndim!=2: raise ValueError(f"{arch} must return features (bs, nf) or maps (bs, nf, h, w), it returned shape {tuple(out.shape)}")
         self.nf = out.shape[1]
 
+    @property
+    def stem(self): return body_stem(self[0])
+
     def extra_repr(self): return f"arch={self.arch}, n_in={self.n_in}, stem={self.stem}, nf={self.nf}"
 
-# %% ../nbs/04_models.ipynb #9ed2815c
+# %% ../nbs/04_models.ipynb #6f006ed4
 def create_encoder(
     arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`
     n_in:int=3, # Channels of the images
@@ -176,8 +181,8 @@ def create_encoder(
 ) -> Encoder: # Images (bs, n_in, h, w) to features (bs, nf)
     "An encoder from any architecture"
     body = _body(arch, n_in, pretrained)
-    if stem=='auto': stem = _auto_stem(body, size) if not (pretrained or isinstance(arch, nn.Module)) else 'standard'
-    return Encoder(set_stem(body, stem), _arch_name(arch), n_in, stem, size)
+    if stem=='auto': stem = _auto_stem(body, size) if not (pretrained or isinstance(arch, nn.Module)) else body_stem(body)
+    return Encoder(set_stem(body, stem), _arch_name(arch), n_in, size)
 
 def _auto_stem(body, size):
     side,(_,_,conv) = min(size) if isinstance(size, (tuple,list)) else size,_child(body, nn.Conv2d)
