@@ -1,6 +1,6 @@
 """Views against torchvision's and scipy's operations, and the random numbers read off the views against their distributions.
 
-Statistical checks fail with probability `p_false` each where nothing is wrong; the seed is fixed, so they pass or fail for good."""
+Statistical checks, about 130 of them, fail with probability `p_false` each where nothing is wrong; the seed is fixed, so they do or do not for good."""
 import colorsys, math
 from itertools import combinations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ressl_fastai import views
 from ressl_fastai.views import RandomView, clean_dl, color_matrices, crop_boxes, strong_tfms, weak_tfms
 
-p_false = 1e-4
+p_false = 1e-5
 whole = dict(scale=(1.,1.), ratio=(1.,1.))  # a square image is kept whole
 luma = torch.tensor([0.299,0.587,0.114])
 yiq = torch.tensor([colorsys.rgb_to_yiq(*o) for o in torch.eye(3).tolist()]).T
@@ -113,13 +113,13 @@ def test_d27_frequencies_and_independence():
 
 @pytest.mark.parametrize('nm', ['crop','flip','jitter','gray','blur'])
 def test_d27_copies_of_an_image_get_different_views(nm):
-    "32 copies: as many views as the operation has outcomes; torchvision's transforms, on a batch tensor, give one"
+    "32 copies: as many views as the operation has outcomes; torchvision's transforms, on a batch tensor, give one. (That two of 32 crops are the same has a probability of 1e-3.)"
     off = dict(**whole, flip_p=0.)
     ours,theirs,n = dict(
         crop=(weak_tfms(32, flip_p=0.), T2.RandomResizedCrop(32, (0.2,1.)), 32), flip=(weak_tfms(32, **whole), T2.RandomHorizontalFlip(), 2),
         jitter=(RandomView(32, **off, jitter=(0.4,0.4,0.4,0.1), jitter_p=1.), T2.ColorJitter(0.4,0.4,0.4,0.1), 32),
         gray=(RandomView(32, **off, gray_p=0.5), T2.RandomGrayscale(0.5), 2), blur=(RandomView(32, **off, blur_p=1., blur_sigma=(0.5,2.)), T2.GaussianBlur(9, (0.5,2.)), 32))[nm]
-    def outcomes(tfm): return len(torch.unique(tfm(soft(1,3,32,32).expand(32,-1,-1,-1)).flatten(1), dim=0))
+    def outcomes(tfm): return len(torch.unique(tfm(soft(1,3,128,128).expand(32,-1,-1,-1)).flatten(1), dim=0))
     assert outcomes(ours)==n and outcomes(theirs)==1
 
 # colour
@@ -203,7 +203,7 @@ def test_strong_views_of_photographs_look_like_torchvisions():
 def test_a_view_is_torchvisions_operations_one_after_another(monkeypatch, size):
     """Crop, resize, flip, blur (scipy's), brightness, contrast, saturation and hue with the numbers drawn; of the four histories one fits, to 1e-3:
     torchvision's weights of luminance sum to 0.9999 (3e-4 after three operations), the standard library's YIQ has two digits (0.5% of chroma, 3e-4)"""
-    x,drawn = soft(12, 3, 40, 50),{}
+    x,drawn = soft(32, 3, 40, 50),{}
     for nm in ('crop_boxes','blur_matrix'):
         def spy(*args, nm=nm, f=getattr(views, nm), **kwargs):
             res = f(*args, **kwargs)
@@ -221,7 +221,7 @@ def test_a_view_is_torchvisions_operations_one_after_another(monkeypatch, size):
         return torch.stack([(recolor(o, *measure(o, v))-v).abs().max() for o in histories])
     errs,shifted = (torch.stack([errors(*o, shift=shift) for o in zip(x, got, *drawn.values())]) for shift in (0,1))
     best,second = errs.sort(1).values[:,:2].T
-    assert (best<1e-3).all() and (second>5e-3).all() and len(errs.argmin(1).unique())==4
+    assert (best<1e-3).all() and (second>5e-3).all() and len(errs.argmin(1).unique())==4  # all four occur but for a probability of 4e-4
     assert (shifted>5e-3).all()  # control: crops one pixel beside
 
 # what goes in and what comes out
