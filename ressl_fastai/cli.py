@@ -10,7 +10,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 # %% auto #0
 __all__ = ['defaults', 'digits_defaults', 'find_data', 'find_images', 'folder_dls', 'new_folder', 'pixel_knn', 'ressl_pretrain']
 
-# %% ../nbs/12_cli.ipynb #6fd0fa0d
+# %% ../nbs/12_cli.ipynb #4953d676
 import json, platform, shlex, sys, warnings
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from fastcore.script import CliError, call_parse
 from torch import Tensor
 
 from . import __version__
+from .callback import InfoNCEWarmup
 from .data import digits_dls
 from .evaluate import KNNAccuracy, embed, knn_accuracy
 from .learner import ressl_learner
@@ -137,7 +138,7 @@ def _save_curves(history, path):
     for ax in axs[0]: ax.set_xlabel('epoch'); ax.legend()
     fig.tight_layout(); fig.savefig(path); plt.close(fig)
 
-# %% ../nbs/12_cli.ipynb #fee9c277
+# %% ../nbs/12_cli.ipynb #a9d3f21d
 @call_parse
 def ressl_pretrain(
     data:str, # A folder of images (class sub-folders are labels), 'digits', or the name of a fastai data set (a download)
@@ -156,7 +157,8 @@ def ressl_pretrain(
     teacher_temp:float=0.04, # Temperature of the teacher's relation
     stem:str='auto', # First layers: standard, small_pool (3x3 stride 1), small (and no max-pool), or auto by size
     pretrained:bool=False, # Start from the library's weights (a download)
-    predictor:bool=False, # Predictor after the student's projector
+    predictor_layers:int=0, # Linear layers of a predictor after the student's projector; 0 is none
+    warmup_epochs:float=0, # Epochs of InfoNCE loss before the relational loss
     gray:bool=False, # Images with one channel
     valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid (val, test)
     skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
@@ -173,8 +175,9 @@ def ressl_pretrain(
     args['queue_size'] = learn.model.queue.size
     _run(learn, new_folder(out), data, args)
 
-# %% ../nbs/12_cli.ipynb #4b395074
-def _set_up(data, *, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, gray, valid_pct, skip_bad, num_workers, seed, **kwargs):
+# %% ../nbs/12_cli.ipynb #b31174e9
+def _set_up(data, *, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, gray, valid_pct, skip_bad, num_workers, seed, warmup_epochs,
+            **kwargs):
     "The learner, before anything is trained or written"
     _positive(size=size, epochs=epochs, bs=bs, lr=lr, valid_pct=valid_pct)
     if valid_pct>=1: raise ValueError(f"valid_pct must be less than 1, got {valid_pct}")
@@ -183,7 +186,8 @@ def _set_up(data, *, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, gray
     set_seed(seed, reproducible=True)
     if data=='digits': dls = digits_dls(size, bs)
     else: dls = folder_dls(find_data(data), size, bs, gray, valid_pct, seed, skip_bad, num_workers)
-    return ressl_learner(dls, arch, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
+    return ressl_learner(dls, arch, weak_tfms=weak, strong_tfms=strong, lr=lr,
+                         warmup=InfoNCEWarmup(warmup_epochs) if warmup_epochs else None, **kwargs)
 
 # %% ../nbs/12_cli.ipynb #4adeafe4
 def _print_row(log): print(' '.join(f'{o:12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)

@@ -16,17 +16,18 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-# %% ../nbs/01_feature_queue.ipynb #258b6102
+# %% ../nbs/01_feature_queue.ipynb #2fb4fcfa
 class FeatureQueue(nn.Module):
     "The last `size` embeddings of dimension `dim`, oldest overwritten first"
     def __init__(self,
         size:int, # Number of embeddings kept (K in the paper), at least 1
-        dim:int # Width of an embedding, at least 1
+        dim:int, # Width of an embedding, at least 1
+        dtype:torch.dtype=torch.float32 # What is stored; the loss is computed in float32 in any case
     ):
         super().__init__()
         for name,val in (('size',size), ('dim',dim)):
             if not isinstance(val, int) or val<1: raise ValueError(f"{name} must be a whole number of at least 1, got {val!r}")
-        self.register_buffer('feats', torch.zeros(size, dim))
+        self.register_buffer('feats', torch.zeros(size, dim, dtype=dtype))
         self.register_buffer('ptr', torch.zeros((), dtype=torch.long))
         self.register_buffer('count', torch.zeros((), dtype=torch.long))
 

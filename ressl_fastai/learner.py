@@ -13,11 +13,13 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 # %% auto #0
 __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss', 'ressl_learner', 'load_encoder']
 
-# %% ../nbs/07_learner.ipynb #c0da71ff
+# %% ../nbs/07_learner.ipynb #e7ba7aca
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
@@ -33,7 +35,7 @@ from fastcore.xtras import join_path_file
 from torch import nn, Tensor
 
 from . import __version__, views
-from .callback import ReSSL, check_images, get_normalize
+from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
 from .models import ReSSLModel, body_stem, create_encoder, set_stem
 from .views import clean_dl
@@ -83,7 +85,7 @@ def embedding_loss(
     if pred.requires_grad: raise RuntimeError("nothing to train towards: the ReSSL callback was removed from this learner")
     return pred.new_zeros(len(pred) if reduction=='none' else ())
 
-# %% ../nbs/07_learner.ipynb #6a94bbe0
+# %% ../nbs/07_learner.ipynb #dd3ef968
 def _add_normalize(dls, stats):
     dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
     if dls.device is not None: dls.to(dls.device)  # takes the statistics along
@@ -95,15 +97,20 @@ def ressl_learner(
     pretrained:bool=False, # Start from the library's weights
     stem:str='auto', # First layers: 'standard', 'small_pool', 'small' or 'auto'; see `create_encoder`
     weak_tfms=None, # Callable from images in [0, 1] to the teacher's views; default: `views.weak_tfms(size)`
-    strong_tfms=None, # Callable from images in [0, 1] to the student's views; default: `views.strong_tfms(size)`
-    teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1]; nearer 1 for long training
+    strong_tfms=None, # Likewise for the student, or a list for several views, as `multi_crop_tfms` makes; default: `views.strong_tfms(size)`
+    teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1], or a schedule; nearer 1 for long training
     student_temp:float=0.1, # Temperature of the student's relation, > 0
-    teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0
+    teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0, or a schedule
+    warmup:InfoNCEWarmup=None, # InfoNCE loss at first (2203.08717)
     queue_size:int=None, # Embeddings in the queue, at most the training images; default: `default_queue_size`
-    n_hidden:int=2048, # Hidden width of the projector (and predictor)
+    queue_dtype:torch.dtype=torch.float32, # What the queue stores; `torch.bfloat16` halves its memory
+    n_hidden:int=2048, # Hidden width of the projector
     dim:int=128, # Width of an embedding
+    projector_layers:int=2, # Linear layers of the projector
     projector_bn:bool=True, # Batch norm in the projector; the official code has none
-    predictor:bool=False, # Predictor after the student's projector (2203.08717)
+    predictor_layers:int=0, # Linear layers of the predictor after the student's projector (2203.08717); 0 is none
+    predictor_hidden:int=None, # Hidden width of the predictor; default: `n_hidden`
+    predictor_bn:bool=True, # Batch norm in the predictor
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     opt_func=Adam, # Optimizer function
     cbs=None, # Callbacks beside `ReSSL`
@@ -115,12 +122,33 @@ def ressl_learner(
     queue_size = ifnone(queue_size, default_queue_size(dls.train.n))
     if queue_size>dls.train.n: raise ValueError(f"queue_size must be at most the number of training images, {dls.train.n}, got {queue_size}")
     if not len(dls.train): raise ValueError(f"bs={dls.train.bs} is larger than the training set of {dls.train.n} images: no batch would be full")
-    ressl = ReSSL(ifnone(weak_tfms, views.weak_tfms(size)), ifnone(strong_tfms, views.strong_tfms(size)), teacher_momentum, student_temp, teacher_temp)
-    model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_bn, predictor)
+    ressl = ReSSL(ifnone(weak_tfms, views.weak_tfms(size)), ifnone(strong_tfms, views.strong_tfms(size)),
+                  teacher_momentum, student_temp, teacher_temp, warmup)
+    model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers, projector_bn,
+                       predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
     learn = Learner(dls, model, loss_func=embedding_loss, opt_func=opt_func, metrics=metrics, cbs=L(ressl)+L(cbs), **kwargs)
     if get_normalize(dls) is None: _add_normalize(dls, imagenet_stats if n_in==3 else image_stats(dls))
     return learn
+
+# %% ../nbs/07_learner.ipynb #28b276cd
+@patch
+def fit_warmup_cos(self:Learner,
+    n_epoch:int, # Epochs
+    lr_max:float=None, # Highest learning rate, or one per parameter group; default: `self.lr`
+    warmup_epochs:float=5, # Epochs in which the learning rate rises from 0, in [0, n_epoch)
+    wd:float=None, # Weight decay; default: the learner's
+    cbs=None, # Callbacks for this fit
+    reset_opt:bool=False, # Whether the optimizer forgets its state first
+    start_epoch:int=0 # Epoch to go on with
+):
+    "Fit with a linear warm-up and a cosine to 0"
+    if not 0<=warmup_epochs<n_epoch: raise ValueError(f"warmup_epochs must be at least 0 and less than n_epoch={n_epoch}, got {warmup_epochs}")
+    if self.opt is None: self.create_opt()
+    self.opt.set_hyper('lr', ifnone(lr_max, self.lr))
+    lr_max,pct = np.array([h['lr'] for h in self.opt.hypers]),warmup_epochs/n_epoch
+    sched = combine_scheds([pct, 1-pct], [SchedLin(0., lr_max), SchedCos(lr_max, 0.)])
+    self.fit(n_epoch, cbs=L(ParamScheduler({'lr': sched}))+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 # %% ../nbs/07_learner.ipynb #799aedff
 @patch

@@ -12,7 +12,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/models.html.md"""
 __all__ = ['stems', 'small_resnet', 'get_arch', 'body_stem', 'set_stem', 'Encoder', 'create_encoder', 'create_mlp', 'L2Norm',
            'ReSSLModel']
 
-# %% ../nbs/04_models.ipynb #5c61ba56
+# %% ../nbs/04_models.ipynb #cbe3cad9
 import inspect
 from difflib import get_close_matches
 from functools import partial
@@ -24,7 +24,7 @@ from fastai.layers import ResBlock
 from fastai.vision.learner import TimmBody, create_body, model_meta
 from fastai.vision.models import xresnet
 from fastai.vision.models.xresnet import XResNet
-from fastcore.basics import noop
+from fastcore.basics import ifnone, noop
 from torch import nn
 from torchvision.models import get_model_builder, list_models
 
@@ -189,45 +189,53 @@ def _auto_stem(body, size):
     if conv is None or conv.kernel_size==conv.stride: return 'standard'
     return 'small' if side<=40 else 'small_pool' if side<=80 else 'standard'
 
-# %% ../nbs/04_models.ipynb #ab0946ad
+# %% ../nbs/04_models.ipynb #019cf606
 def create_mlp(
     n_in:int, # Width of the input
-    n_hidden:int, # Width of the hidden layer
+    n_hidden:int, # Width of the hidden layers
     n_out:int, # Width of the output
-    bn:bool=False # Batch norm after the hidden layer
+    n_layers:int=2, # Linear layers; 1 has no hidden layer, 0 is the identity
+    bn:bool=False # Batch norm after the hidden layers
 ) -> nn.Sequential: # (bs, n_in) to (bs, n_out)
-    "Linear, batch norm if wanted, ReLU, linear: the shape of projector and predictor"
-    hidden = [nn.Linear(n_in, n_hidden, bias=not bn)] + [nn.BatchNorm1d(n_hidden)]*bn
-    return nn.Sequential(*hidden, nn.ReLU(inplace=True), nn.Linear(n_hidden, n_out))
+    "Linear, batch norm if wanted, ReLU, ..., linear: the shape of projector and predictor"
+    if n_layers<0: raise ValueError(f"n_layers must be at least 0, got {n_layers}")
+    if n_layers==0 and n_in!=n_out: raise ValueError(f"n_layers=0 passes embeddings on as they are: n_out must be n_in={n_in}, got {n_out}")
+    widths,layers = [n_in] + [n_hidden]*(n_layers-1),[]
+    for i,o in zip(widths, widths[1:]): layers += [nn.Linear(i, o, bias=not bn)] + [nn.BatchNorm1d(o)]*bn + [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, *[nn.Linear(widths[-1], n_out)]*(n_layers>0))
 
 class L2Norm(nn.Module):
     "Rows of unit length, in float32 or better"
     def forward(self, x): return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
-# %% ../nbs/04_models.ipynb #5f5bd36a
+# %% ../nbs/04_models.ipynb #e4e4153b
 class ReSSLModel(nn.Module):
     "Student (encoder, projector, predictor), teacher and queue"
     def __init__(self,
         encoder:nn.Module, # Images to features (bs, nf), with the width as attribute `nf`
         queue_size:int=4096, # Embeddings in the queue (K in the paper)
-        n_hidden:int=2048, # Hidden width of projector and predictor
+        n_hidden:int=2048, # Hidden width of the projector
         dim:int=128, # Width of an embedding
+        projector_layers:int=2, # Linear layers of the projector
         projector_bn:bool=False, # Batch norm in the projector
-        predictor:bool=False # Predictor after the student's projector (2203.08717)
+        predictor_layers:int=0, # Linear layers of the predictor after the student's projector (2203.08717); 0 is none
+        predictor_hidden:int=None, # Hidden width of the predictor; default: `n_hidden`
+        predictor_bn:bool=True, # Batch norm in the predictor
+        queue_dtype:torch.dtype=torch.float32 # What the queue stores; `torch.bfloat16` halves its memory
     ):
         super().__init__()
         self.encoder = encoder
-        self.projector = create_mlp(encoder.nf, n_hidden, dim, bn=projector_bn)
-        self.predictor = create_mlp(dim, n_hidden, dim, bn=True) if predictor else nn.Identity()
+        self.projector = create_mlp(encoder.nf, n_hidden, dim, projector_layers, projector_bn)
+        self.predictor = create_mlp(dim, ifnone(predictor_hidden, n_hidden), dim, predictor_layers, predictor_bn)
         self.norm = L2Norm()
         self.teacher = make_teacher(nn.Sequential(encoder, self.projector, self.norm))
-        self.queue = FeatureQueue(queue_size, dim)
+        self.queue = FeatureQueue(queue_size, dim, queue_dtype)
 
     @property
     def student(self): return nn.Sequential(self.encoder, self.projector, self.norm)
 
     def encode(self, x): return self.encoder(x)
-    def forward(self, x): return self.norm(self.predictor(self.projector(self.encoder(x))))
+    def forward(self, *xs): return torch.cat([self.norm(self.predictor(self.projector(self.encoder(x)))) for x in xs])
 
     def train(self, mode=True):
         super().train(mode)

@@ -171,7 +171,7 @@ def storages(*ms): return {t.untyped_storage().data_ptr() for m in ms for t in (
 @pytest.mark.parametrize('bn', [False,True])
 @pytest.mark.parametrize('predictor', [False,True])
 def test_model_by_hand(bn, predictor):
-    model = ReSSLModel(create_encoder(tiny_resnet, 1, size=16), 8, n_hidden=16, dim=6, projector_bn=bn, predictor=predictor).train()
+    model = ReSSLModel(create_encoder(tiny_resnet, 1, size=16), 8, n_hidden=16, dim=6, projector_bn=bn, predictor_layers=2*predictor).train()
     x = torch.rand(8, 1, 16, 16)
     h = mlp(model.projector, model.encode(x))
     torch.testing.assert_close(model.teacher(x), unit(h))
@@ -185,7 +185,7 @@ def test_model_by_hand(bn, predictor):
 @pytest.mark.parametrize('arch', [tiny_resnet, vit, 'test_resnet', tv.mobilenet_v3_small], ids=['tiny_resnet','vit','timm','mobilenet'])
 def test_copies_of_the_model(arch, tmp_path):
     "State dict, deepcopy and pickle bring back student, teacher and queue"
-    x,(model,other) = torch.randn(4, 3, 64, 64),(ReSSLModel(create_encoder(arch), 8, n_hidden=16, dim=6, predictor=True).eval() for _ in range(2))
+    x,(model,other) = torch.randn(4, 3, 64, 64),(ReSSLModel(create_encoder(arch), 8, n_hidden=16, dim=6, predictor_layers=2).eval() for _ in range(2))
     def out(m): return torch.cat([m(x), m.teacher(x), m.queue.filled])
     with torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):

@@ -44,7 +44,8 @@ def recolor(x, b, c, s, hue, turn=turn):
 
 # crops
 
-def their_boxes(n, h, w): return torch.tensor([T.RandomResizedCrop.get_params(torch.empty(3, h, w), [0.2,1.], [3/4,4/3]) for _ in range(n)]).float()
+def their_boxes(n, h, w, scale=(0.2,1.), ratio=(3/4,4/3)):
+    return torch.tensor([T.RandomResizedCrop.get_params(torch.empty(3, h, w), scale, ratio) for _ in range(n)]).float()
 
 def my_boxes(n, h, w, fault=None):
     "Boxes by rejection, for images into which most boxes fit, with a fault"
@@ -58,16 +59,16 @@ def my_boxes(n, h, w, fault=None):
 def boxes_agree(a, b, h, w):
     "Whether area, aspect, edges and the joint position of boxes have the same distribution"
     def stats(o): t,l,hs,ws = o.unbind(1); return [hs*ws/(h*w), (ws/hs).log(), t, l, t+hs, l+ws, t/h+l/w, t/h-l/w]
-    return all(ks_2samp(*o).pvalue>p_false for o in zip(stats(a), stats(b)))
+    return all(ks_2samp(*o, method='asymp').pvalue>p_false for o in zip(stats(a), stats(b)))
 
-def inside(o, h, w): return bool((o==o.round()).all() and (o[:,:2]>=0).all() and (o[:,2:]>0).all() and (o[:,:2]+o[:,2:]<=torch.tensor([h,w])).all())
-
-@pytest.mark.parametrize('h,w', [(64,64), (48,96), (7,5), (20,60), (60,20), (20,200)])  # the last three fall back: now and then, now and then, always
-def test_boxes_are_torchvisions(h, w):
-    got,want = crop_boxes(10000, h, w),their_boxes(10000, h, w)
-    assert inside(got, h, w) and boxes_agree(got, want, h, w)
+@pytest.mark.parametrize('h,w,kw', [(64,64,{}), (48,96,{}), (7,5,{}), (20,60,{}), (60,20,{}), (20,200,{}),  # 3:1 falls back now and then, 1:10 always
+    (50,70,dict(scale=(0.05,0.3))), (50,70,dict(ratio=(0.5,1.))), (50,70,dict(scale=(1.,1.), ratio=(1.,3.)))])
+def test_boxes_are_torchvisions(h, w, kw):
+    got,want = crop_boxes(10000, h, w, **kw),their_boxes(10000, h, w, **kw)
+    assert (got==got.round()).all() and (got[:,:2]>=0).all() and (got[:,2:]>0).all() and (got[:,:2]+got[:,2:]<=torch.tensor([h,w])).all()
+    assert boxes_agree(got, want, h, w)
     if w==200: assert (got==want).all() and got[0].tolist()==[0,86,20,27]
-    else: assert spearmanr(got[1:,2]*got[1:,3], got[:-1,2]*got[:-1,3]).pvalue>p_false  # neighbours in the batch
+    else: assert spearmanr(got[1:,2]+got[1:,3], got[:-1,2]+got[:-1,3]).pvalue>p_false  # neighbours in the batch
 
 def test_wrong_boxes_are_caught():
     want = their_boxes(10000, 64, 64)
@@ -113,12 +114,13 @@ def test_d27_frequencies_and_independence():
 
 @pytest.mark.parametrize('nm', ['crop','flip','jitter','gray','blur'])
 def test_d27_copies_of_an_image_get_different_views(nm):
-    "32 copies: as many views as the operation has outcomes; torchvision's transforms, on a batch tensor, give one. (That two of 32 crops are the same has a probability of 1e-3.)"
+    "32 copies: as many views as the operation has outcomes (two crops agree with probability 1e-3); torchvision's transforms, on a batch tensor, give one"
     off = dict(**whole, flip_p=0.)
     ours,theirs,n = dict(
         crop=(weak_tfms(32, flip_p=0.), T2.RandomResizedCrop(32, (0.2,1.)), 32), flip=(weak_tfms(32, **whole), T2.RandomHorizontalFlip(), 2),
         jitter=(RandomView(32, **off, jitter=(0.4,0.4,0.4,0.1), jitter_p=1.), T2.ColorJitter(0.4,0.4,0.4,0.1), 32),
-        gray=(RandomView(32, **off, gray_p=0.5), T2.RandomGrayscale(0.5), 2), blur=(RandomView(32, **off, blur_p=1., blur_sigma=(0.5,2.)), T2.GaussianBlur(9, (0.5,2.)), 32))[nm]
+        gray=(RandomView(32, **off, gray_p=0.5), T2.RandomGrayscale(0.5), 2),
+        blur=(RandomView(32, **off, blur_p=1., blur_sigma=(0.5,2.)), T2.GaussianBlur(9, (0.5,2.)), 32))[nm]
     def outcomes(tfm): return len(torch.unique(tfm(soft(1,3,128,128).expand(32,-1,-1,-1)).flatten(1), dim=0))
     assert outcomes(ours)==n and outcomes(theirs)==1
 
@@ -130,7 +132,7 @@ def wrong_amounts(amounts, strengths=(0.4,0.4,0.4,0.1)):
     wrong = [k for (k,o),s in zip(amounts.items(), strengths) if ks_1samp(o, uniform((k!='hue')-s, 2*s).cdf).pvalue<p_false]
     return wrong + [(a,b) for a,b in combinations(amounts, 2) if spearmanr(amounts[a], amounts[b]).pvalue<p_false]
 
-def jittered(n=4000, **kwargs):
+def jittered(n=16000, **kwargs):
     x = soft(3, 8, 8)
     return measure(x, strong_tfms(8, **{**whole, **dict(flip_p=0., jitter_p=1., gray_p=0., blur_p=0.), **kwargs})(x.expand(n, -1, -1, -1)))
 
@@ -155,12 +157,10 @@ def test_hue_turns_chroma_and_keeps_luminance(monkeypatch, hue):
     assert abs(measure(x, got)[3].abs()-hue)<0.005*hue+1e-6  # YIQ of the standard library has two digits
     if hue==0.5: torch.testing.assert_close(got, 2*gray(x)-x, rtol=0, atol=2e-6)
 
-@pytest.mark.parametrize('sign', [pytest.param(1, marks=pytest.mark.xfail(strict=True, reason="a positive turn goes against torchvision's")), -1])
-def test_hue_goes_the_way_of_torchvision(monkeypatch, sign):
-    "Control: the opposite sign goes the other way, so just one of the two passes"
-    x = soft(3, 32, 32)
-    a,b = (chroma(o-x) for o in (torch.einsum('ic,chw->ihw', hue_matrix(monkeypatch, 0.02), x), TF.adjust_hue(x, sign*0.02)))
-    assert (a*b.conj()).sum().real>0
+def test_hue_goes_the_way_of_torchvision(monkeypatch):
+    x,m = soft(3, 32, 32),hue_matrix(monkeypatch, 0.02)
+    def along(hue): return (chroma(torch.einsum('ic,chw->ihw', m, x)-x) * chroma(TF.adjust_hue(x, hue)-x).conj()).sum().real
+    assert along(0.02)>0 and along(-0.02)<0  # control: the other way
 
 # whole views
 
@@ -177,7 +177,7 @@ def known_gap(x, n=200):
     ours = torch.stack([(b*(c*(y + s*(turn(x, float(hue))-y)) + (1-c)*m)).clamp(0, 1) for b,c,s,hue in amounts])
     return (features(ours, x)-features(theirs, x)).mean(0).abs()
 
-def pil_views(im, n=1500, size=32):
+def pil_views(im, n=1000, size=32):
     "torchvision's pipeline on a picture, with the parameters of the paper; the blur reaches five standard deviations"
     tfm = T.Compose([T.RandomResizedCrop(size, (0.2,1.)), T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(0.4,0.4,0.4,0.1)], 0.8), T.RandomGrayscale(0.2),
                      T.RandomApply([T.GaussianBlur(21, (0.1,2.))], 0.5), T.PILToTensor()])
@@ -189,7 +189,7 @@ def test_strong_views_of_photographs_look_like_torchvisions():
     ims = [Image.fromarray(o).resize((96,64)) for o in load_sample_images().images]
     xs = [TF.pil_to_tensor(o) for o in ims]
     theirs,gaps = [features(pil_views(im), x/255) for im,x in zip(ims,xs)],[known_gap(x/255) for x in xs]
-    def excess(n=1500, **kwargs):
+    def excess(n=1000, **kwargs):
         "By how much the bound is exceeded, at most"
         res = []
         for x,b,gap in zip(xs, theirs, gaps):
@@ -220,9 +220,10 @@ def test_a_view_is_torchvisions_operations_one_after_another(monkeypatch, size):
         histories = [g(f(base)) for f in (lambda o: o, TF.hflip) for g in (lambda o: o, lambda o: blurred(o, sigma.item()))]
         return torch.stack([(recolor(o, *measure(o, v))-v).abs().max() for o in histories])
     errs,shifted = (torch.stack([errors(*o, shift=shift) for o in zip(x, got, *drawn.values())]) for shift in (0,1))
-    best,second = errs.sort(1).values[:,:2].T
-    assert (best<1e-3).all() and (second>5e-3).all() and len(errs.argmin(1).unique())==4  # all four occur but for a probability of 4e-4
-    assert (shifted>5e-3).all()  # control: crops one pixel beside
+    (best,second),spread = errs.sort(1).values[:,:2].T,gray(got).std((1,2))
+    assert (best<1e-3).all() and (best<0.1*spread).all() and (second>0.5*spread).all()
+    assert len(errs.argmin(1).unique())==4                  # all four occur, but for a probability of 4e-4
+    assert (shifted>0.5*spread[:,None]).all()               # control: crops one pixel beside
 
 # what goes in and what comes out
 
@@ -235,7 +236,8 @@ def test_jitter_with_another_number_of_channels(c):
         assert 0.6<b<1.4 and 0.6<c<1.4
         torch.testing.assert_close(v, b*(c*x+(1-c)*x.mean()), rtol=0, atol=1e-5)
 
-@pytest.mark.parametrize('tfm', [weak_tfms((20,30)), strong_tfms((20,30)), strong_tfms((20,30), jitter=(1.,2.,3.,0.5), jitter_p=1., blur_p=1.)], ids=['weak','strong','strongest'])
+@pytest.mark.parametrize('tfm', [weak_tfms((20,30)), strong_tfms((20,30)), strong_tfms((20,30), jitter=(1.,2.,3.,0.5), jitter_p=1., blur_p=1.)],
+    ids=['weak','strong','strongest'])
 @pytest.mark.parametrize('bs,c', [(1,1), (1,3), (8,3), (4,13)])
 def test_what_goes_in_and_what_comes_out(tfm, bs, c):
     x = torch.randint(0, 256, (bs,c,37,25), dtype=torch.uint8); x[:,:,:18] = 255
@@ -250,12 +252,11 @@ def test_what_goes_in_and_what_comes_out(tfm, bs, c):
         torch.testing.assert_close(res, v, rtol=0, atol=1e-6)
     assert torch.equal(run(x/255), v) and not torch.allclose(run(x/255, 1), v, atol=1e-2)  # control: another seed
 
-@pytest.mark.parametrize('kwargs,name', [(dict(size=0),'size'), (dict(size=(32,)),'size'), (dict(size=(32,0)),'size'), (dict(size=32.5),'size'), (dict(size=(8,8,3)),'size'),
-    (dict(scale=(0.,1.)),'scale'), (dict(scale=(0.5,1.1)),'scale'), (dict(scale=(0.6,0.5)),'scale'), (dict(ratio=(0.,1.)),'ratio'), (dict(ratio=(2.,1.)),'ratio'),
-    (dict(blur_sigma=(0.,1.)),'blur_sigma'), (dict(blur_sigma=(2.,1.)),'blur_sigma'), (dict(flip_p=-0.1),'flip_p'), (dict(jitter_p=1.1),'jitter_p'), (dict(gray_p=float('nan')),'gray_p'),
-    (dict(blur_p=2),'blur_p'), (dict(jitter=(0.4,0.4,0.4)),'jitter'), (dict(jitter=(-0.1,0.4,0.4,0.1)),'jitter'), (dict(jitter=(0.4,0.4,0.4,0.6)),'jitter')])
-def test_impossible_arguments_raise(kwargs, name):
-    with pytest.raises(ValueError, match=f'^{name} must be'): RandomView(**{'size':32, **kwargs})
+@pytest.mark.parametrize('name,wrong', [('size',0), ('size',(32,)), ('size',(32,0)), ('size',(8,8,3)), ('size',32.5), ('scale',(0.,1.)), ('scale',(0.5,1.1)), ('scale',(0.6,0.5)),
+    ('ratio',(0.,1.)), ('ratio',(2.,1.)), ('blur_sigma',(0.,1.)), ('blur_sigma',(2.,1.)), ('flip_p',-0.1), ('jitter_p',1.1), ('gray_p',math.nan), ('blur_p',2),
+    ('jitter',(0.4,0.4,0.4)), ('jitter',(-0.1,0.4,0.4,0.1)), ('jitter',(0.4,0.4,0.4,0.6))])
+def test_impossible_arguments_raise(name, wrong):
+    with pytest.raises(ValueError, match=f'^{name} must be'): RandomView(**{'size':32, name:wrong})
 
 # clean images
 
@@ -278,25 +279,24 @@ def contents(dl):
 def test_clean_dl_shows_what_validation_shows(tmp_path):
     want = pngs(tmp_path)[:8]
     dls = DataBlock((ImageBlock,RegressionBlock), get_items=lambda p: sorted(get_image_files(p)), splitter=IndexSplitter([8,9]), get_y=label, item_tfms=RandomResizedCrop(32),
-        batch_tfms=[*aug_transforms(p_affine=1., p_lighting=1.), Normalize.from_stats(*imagenet_stats, cuda=False)]).dataloaders(tmp_path, bs=3, num_workers=0)
-    fs = [list(getattr(dls.train, nm).fs) for nm in ('after_item','before_batch','after_batch')]
-    clean,unit = clean_dl(dls.train),clean_dl(dls.train, normalize=False)
+        batch_tfms=[*aug_transforms(p_affine=1., p_lighting=1.), Normalize.from_stats(*imagenet_stats, cuda=False)]).dataloaders(tmp_path, bs=4, num_workers=0)
+    def tfms(): return [list(getattr(dls.train, nm).fs) for nm in ('after_item','before_batch','after_batch')]
+    before,clean,unit = tfms(),clean_dl(dls.train),clean_dl(dls.train, normalize=False)
     for _ in range(2):
         torch.testing.assert_close(contents(clean), (want-mean)/std, rtol=0, atol=5e-5)
-        torch.testing.assert_close(contents(unit), want, rtol=0, atol=1e-5)  # validation resamples at the pixels it has: 32 * 2**-23 beside, twice
-        train = contents(dls.train)                                                        # in between: still random, shuffled, without the last batch
-        assert len(train)==6 and (train-contents(dls.train)).abs().mean()>0.1 and (train-contents(clean)[:6]).abs().mean()>0.1
-    assert torch.cat([b[1] for b in clean]).tolist()==list(range(8)) and [len(b[0]) for b in clean]==[3,3,2]
-    assert [len(b[0]) for b in clean_dl(dls.train, bs=5, drop_last=True)]==[5]
-    assert len({tuple(torch.cat([b[1] for b in clean_dl(dls.train, shuffle=True)]).tolist()) for _ in range(5)})>1
+        torch.testing.assert_close(contents(unit), want, rtol=0, atol=1e-5)               # validation resamples at the pixels it has: 32 * 2**-23 beside, twice
+        for other in (dls.train, clean): assert (contents(dls.train)-contents(other)).abs().mean()>0.1  # control: dls is as random as before
+    assert tfms()==before and dls.train.dataset.split_idx==0
+    def labels(dl): return [b[1].tolist() for b in dl]
+    assert labels(clean)==[[0,1,2,3],[4,5,6,7]]!=labels(dls.train)
+    assert labels(clean_dl(dls.train, bs=5))==[[0,1,2,3,4],[5,6,7]] and labels(clean_dl(dls.train, bs=5, drop_last=True))==[[0,1,2,3,4]]
+    assert labels(clean_dl(dls.train, shuffle=True))!=labels(clean_dl(dls.train, shuffle=True))
     torch.testing.assert_close(contents(clean_dl(dls.valid)), contents(dls.valid), rtol=0, atol=0)
-    assert [list(getattr(dls.train, nm).fs) for nm in ('after_item','before_batch','after_batch')]==fs and dls.train.dataset.split_idx==0
 
 def test_clean_dl_of_one_list_and_of_a_dataset_without_transforms(tmp_path):
     want = pngs(tmp_path)
     tls = TfmdLists(sorted(get_image_files(tmp_path)), [PILImage.create, RandomResizedCrop(32), ToTensor()], split_idx=0)
-    dl = TfmdDL(tls, bs=4, num_workers=0, shuffle=True, after_batch=[IntToFloatTensor()])
+    dl = TfmdDL(tls, bs=4, num_workers=0, after_batch=[IntToFloatTensor()])
     assert (contents(dl)-contents(dl)).abs().mean()>0.1                                    # control
     for _ in range(2): torch.testing.assert_close(contents(clean_dl(dl)), want, rtol=0, atol=1e-6)
-    plain = DataLoader(list(want), bs=4, shuffle=True, drop_last=True)
-    assert torch.equal(contents(clean_dl(plain)), want)
+    assert torch.equal(contents(clean_dl(DataLoader(list(want), bs=4, shuffle=True, drop_last=True))), want)

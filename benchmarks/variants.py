@@ -1,0 +1,76 @@
+"""What the extension's parts and other variants do: kNN and linear accuracy of the encoder after pretraining, one JSON line per run in results/variants.jsonl.
+
+    .venv/bin/python benchmarks/variants.py digits 42 1 2
+    .venv/bin/python benchmarks/variants.py fashion 42 1 2     # needs Debian's dataset-fashion-mnist
+
+One thread per run, so that two may run side by side. Digits: 1,437 images, 15 epochs. Fashion-MNIST: the first 3,000 training images at 16 pixels, 12 epochs; the
+first 2,000 test images are held out.
+"""
+import gzip, json, platform, subprocess, sys, time
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np, torch
+from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImageBW, SchedCos, SchedLin, set_seed
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import ressl_fastai
+from ressl_fastai.callback import InfoNCEWarmup
+from ressl_fastai.data import digits_dls
+from ressl_fastai.evaluate import embed, knn_accuracy
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.models import small_resnet
+from ressl_fastai.views import strong_tfms, weak_tfms
+
+root = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+def fashion_dls(n_train=3000, n_valid=2000, size=16, bs=32, folder=Path('/usr/share/datasets/fashion-mnist')):
+    "`DataLoaders` of the first Fashion-MNIST images"
+    def read(nm, offset): return np.frombuffer(gzip.open(folder/nm).read(), np.uint8, offset=offset)
+    ims,ys = [],[]
+    for part,n in (('train',n_train), ('t10k',n_valid)):
+        ims += list(read(f'{part}-images-idx3-ubyte.gz', 16).reshape(-1,28,28)[:n])
+        ys += read(f'{part}-labels-idx1-ubyte.gz', 8)[:n].tolist()
+    ims = np.stack([np.asarray(Image.fromarray(o).resize((size,size), Image.BILINEAR)) for o in ims])
+    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=ims.__getitem__, get_y=ys.__getitem__, splitter=IndexSplitter(range(n_train, n_train+n_valid)))
+    return block.dataloaders(range(len(ims)), bs=bs, num_workers=0)
+
+views = dict(digits=dict(scale=(0.7,1.), flip_p=0.), fashion=dict(scale=(0.4,1.)))
+make_dls,epochs = dict(digits=partial(digits_dls, bs=32), fashion=fashion_dls),dict(digits=15, fashion=12)
+
+def variants(data):
+    strong = partial(strong_tfms, **views[data])
+    small = strong_tfms(10, **{**views[data], 'scale':(views[data]['scale'][0]/2,views[data]['scale'][0])})
+    return {'default': {}, 'InfoNCE alone': dict(warmup=InfoNCEWarmup(1, fraction=True)), 'warm-up 2 epochs': dict(warmup=InfoNCEWarmup(2)),
+        'warm-up ramp over 30 %': dict(warmup=InfoNCEWarmup(0, ramp=0.3, fraction=True)), 'predictor': dict(predictor_layers=2),
+        'predictor, warm-up 2 epochs': dict(predictor_layers=2, warmup=InfoNCEWarmup(2)), 'two crops': dict(strong_tfms=[strong(16), small]),
+        'momentum to 1': dict(teacher_momentum=SchedCos(0.97, 1.)), 'teacher_temp 0.02 to 0.06': dict(teacher_temp=SchedLin(0.02, 0.06)),
+        'projector without BN': dict(projector_bn=False)}
+
+def run(data, nm, seed):
+    kwargs,start = variants(data)[nm],time.time()
+    set_seed(seed, reproducible=True)
+    kw = dict(weak_tfms=weak_tfms(16, **views[data]), strong_tfms=strong_tfms(16, **views[data]), teacher_momentum=0.97, metrics=[])
+    learn = ressl_learner(make_dls[data](), small_resnet if data=='digits' else partial(small_resnet, widen=0.25), **{**kw, **kwargs})
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs[data], 2e-3)
+    seconds = time.time()-start
+    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(tx, ty)
+    return dict(knn=round(knn_accuracy(tx, ty, vx, vy), 4), linear=round(linear.score(vx, vy), 4), seconds=round(seconds, 1))
+
+def main(data, *seeds):
+    git = lambda *args: subprocess.run(['git', *args], cwd=root, capture_output=True, text=True).stdout.strip()
+    for seed in map(int, seeds or ('42','1','2')):
+        for nm in variants(data):
+            line = dict(benchmark='variants', date=str(date.today()), commit=git('rev-parse', '--short', 'HEAD'), changed=bool(git('diff', '--name-only', 'HEAD', '--', 'ressl_fastai', ':!ressl_fastai/_modidx.py')),
+                command=f'benchmarks/variants.py {data} {seed}', data=data, epochs=epochs[data], variant=nm, seed=seed, device='cpu', threads=1,
+                versions=dict(ressl_fastai=ressl_fastai.__version__, torch=torch.__version__, python=platform.python_version()), **run(data, nm, seed))
+            with (root/'benchmarks'/'results'/'variants.jsonl').open('a') as f: f.write(json.dumps(line)+'\n')
+            print(json.dumps(line), flush=True)
+
+if __name__=='__main__': main(*sys.argv[1:])
