@@ -37,7 +37,7 @@ def fashion_dls(n_train=3000, n_valid=2000, size=16, bs=32, folder=Path('/usr/sh
         ims += list(read(f'{part}-images-idx3-ubyte.gz', 16).reshape(-1,28,28)[:n])
         ys += read(f'{part}-labels-idx1-ubyte.gz', 8)[:n].tolist()
     ims = np.stack([np.asarray(Image.fromarray(o).resize((size,size), Image.BILINEAR)) for o in ims])
-    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=ims.__getitem__, get_y=ys.__getitem__, splitter=IndexSplitter(range(n_train, n_train+n_valid)))
+    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=ims.__getitem__, get_y=np.array(ys).__getitem__, splitter=IndexSplitter(range(n_train, n_train+n_valid)))
     return block.dataloaders(range(len(ims)), bs=bs, num_workers=0)
 
 views = dict(digits=dict(scale=(0.7,1.), flip_p=0.), fashion=dict(scale=(0.4,1.)))

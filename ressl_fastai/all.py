@@ -1,6 +1,7 @@
 "Everything for `from ressl_fastai.all import *`: fastai's vision API and ours"
 from fastai.vision.all import *
 
+from ressl_fastai.batch_norm import *
 from ressl_fastai.callback import *
 from ressl_fastai.data import *
 from ressl_fastai.evaluate import *
@@ -8,5 +9,7 @@ from ressl_fastai.feature_queue import *
 from ressl_fastai.learner import *
 from ressl_fastai.losses import *
 from ressl_fastai.models import *
+from ressl_fastai.recipes import *
 from ressl_fastai.teacher import *
 from ressl_fastai.views import *
+from ressl_fastai.weights import *

@@ -14,7 +14,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['get_normalize', 'check_images', 'InfoNCEWarmup', 'ReSSL']
 
-# %% ../nbs/05_callback.ipynb #5672a3a7
+# %% ../nbs/05_callback.ipynb #e6825eb6
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -24,6 +24,7 @@ from fastai.torch_core import TensorImage, get_model, to_device
 from fastcore.basics import first, listify, store_attr
 from torch import Tensor
 
+from .batch_norm import shuffled
 from .losses import info_nce_loss, ressl_loss
 from .models import ReSSLModel
 from .teacher import update_teacher
@@ -77,7 +78,7 @@ class InfoNCEWarmup:
         if t>=self.hold+self.ramp: return self.end
         return (SchedCos if self.shape=='cosine' else SchedLin)(1., self.end)((t-self.hold)/self.ramp)
 
-# %% ../nbs/05_callback.ipynb #f3c10b95
+# %% ../nbs/05_callback.ipynb #ed53d2a7
 def _value(o, progress): return o(progress) if callable(o) else o
 
 class ReSSL(Callback):
@@ -90,7 +91,8 @@ class ReSSL(Callback):
         teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1]; a number or a schedule
         student_temp:float=0.1, # Temperature of the student's relation, > 0
         teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0; a number or a schedule
-        warmup:InfoNCEWarmup=None # InfoNCE loss at first; default: the relational loss from the start
+        warmup:InfoNCEWarmup=None, # InfoNCE loss at first; default: the relational loss from the start
+        shuffle:bool=False # Whether the teacher sees its batch in another order; matters with split batch norm
     ):
         for nm,tfms in (('weak_tfms',[weak_tfms]), ('strong_tfms',listify(strong_tfms))):
             if not tfms or not all(map(callable, tfms)): raise ValueError(f"{nm} must be a callable from images to views, got {tfms}")
@@ -132,8 +134,10 @@ class ReSSL(Callback):
         queue = self.net.queue
         for b in self.train_dl:
             x = to_device(b[0] if isinstance(b, (tuple,list)) else b, queue.feats.device)
-            queue.enqueue(self.net.teacher(self._view(x, self.weak_tfms)))
+            queue.enqueue(self._teach(self._view(x, self.weak_tfms)))
             if queue.count==queue.size: return
+
+    def _teach(self, x): return shuffled(self.net.teacher, x) if self.shuffle and self.training else self.net.teacher(x)
 
     def _view(self, x, tfms):
         if not self.checked: check_images(x); self.checked = True
@@ -150,7 +154,7 @@ class ReSSL(Callback):
     def after_pred(self):
         "The teacher's embeddings, inside autocast; the relational loss takes its place"
         if not self.training and self._only_preds: return
-        with torch.no_grad(): self.z_teacher = self.net.teacher(self.x_teacher)
+        with torch.no_grad(): self.z_teacher = self._teach(self.x_teacher)
         # fastai skips the loss where there are no targets, and counts a batch by its first target
         if self.training or not len(self.learn.yb): self.learn.yb = (self.z_teacher,)
         self.old_loss,self.learn.loss_func = self.learn.loss_func,self._loss

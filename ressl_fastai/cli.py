@@ -10,8 +10,9 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 # %% auto #0
 __all__ = ['defaults', 'digits_defaults', 'find_data', 'find_images', 'folder_dls', 'new_folder', 'pixel_knn', 'ressl_pretrain']
 
-# %% ../nbs/12_cli.ipynb #4953d676
+# %% ../nbs/12_cli.ipynb #17a0ea39
 import json, platform, shlex, sys, warnings
+from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)  # fastai's layers, on import
@@ -39,6 +40,7 @@ from .data import digits_dls
 from .evaluate import KNNAccuracy, embed, knn_accuracy
 from .learner import ressl_learner
 from .models import get_arch
+from .recipes import recipe as make_recipe
 from .views import clean_dl, strong_tfms, weak_tfms
 
 # %% ../nbs/12_cli.ipynb #1336a023
@@ -107,13 +109,14 @@ def new_folder(
         path.mkdir(parents=True, exist_ok=True)
         if not any(path.iterdir()): return path
 
-# %% ../nbs/12_cli.ipynb #0aab56dc
-defaults = dict(arch='resnet18', size=64, epochs=100, bs=64, lr=1e-3, min_scale=0.2, flip_p=0.5, teacher_momentum=0.99, blur_p=0.5)
+# %% ../nbs/12_cli.ipynb #36991859
+defaults = dict(arch='resnet18', size=64, epochs=100, bs=64, lr=1e-3, min_scale=0.2, flip_p=0.5, blur_p=0.5, teacher_momentum=0.99,
+                student_temp=0.1, teacher_temp=0.04, stem='auto')
 digits_defaults = {**defaults, 'arch':'small_resnet', 'size':16, 'epochs':15, 'bs':32, 'lr':2e-3, 'min_scale':0.7, 'flip_p':0., 'teacher_momentum':0.97}
 
 def _positive(**kwargs):
     for nm,val in kwargs.items():
-        if not val>0: raise ValueError(f"{nm} must be greater than 0, got {val}")
+        if val is not None and not val>0: raise ValueError(f"{nm} must be greater than 0, got {val}")
 
 def _versions():
     return dict(ressl_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
@@ -138,11 +141,12 @@ def _save_curves(history, path):
     for ax in axs[0]: ax.set_xlabel('epoch'); ax.legend()
     fig.tight_layout(); fig.savefig(path); plt.close(fig)
 
-# %% ../nbs/12_cli.ipynb #a9d3f21d
+# %% ../nbs/12_cli.ipynb #376f2de0
 @call_parse
 def ressl_pretrain(
     data:str, # A folder of images (class sub-folders are labels), 'digits', or the name of a fastai data set (a download)
     out:str=None, # Folder for the results, ressl-DATA if not given; one that holds something is left alone and out-2, out-3, ... made
+    recipe:str=None, # Published set-up to start from, such as cifar10 or imagenet_plus; what is given beside it replaces its values
     arch:str=None, # torchvision, fastai or timm model; resnet18 if not given, small_resnet for digits
     size:int=None, # Side of the images in pixels; 64 if not given, 16 for digits
     epochs:int=None, # Passes over the images; 100 if not given, 15 for digits
@@ -153,12 +157,12 @@ def ressl_pretrain(
     blur_p:float=None, # Probability of blur in a strong view; 0.5 if not given
     teacher_momentum:float=None, # Share of the teacher that stays at each step; 0.99 if not given, 0.97 for digits
     queue_size:int=None, # Embeddings in the queue; about a tenth of the images if not given
-    student_temp:float=0.1, # Temperature of the student's relation
-    teacher_temp:float=0.04, # Temperature of the teacher's relation
-    stem:str='auto', # First layers: standard, small_pool (3x3 stride 1), small (and no max-pool), or auto by size
+    student_temp:float=None, # Temperature of the student's relation; 0.1 if not given
+    teacher_temp:float=None, # Temperature of the teacher's relation; 0.04 if not given
+    stem:str=None, # First layers: standard, small_pool (3x3 stride 1), small (and no max-pool), or auto by size, which is the default
     pretrained:bool=False, # Start from the library's weights (a download)
-    predictor_layers:int=0, # Linear layers of a predictor after the student's projector; 0 is none
-    warmup_epochs:float=0, # Epochs of InfoNCE loss before the relational loss
+    predictor_layers:int=None, # Linear layers of a predictor after the student's projector; none if not given
+    infonce_epochs:float=None, # Epochs of InfoNCE loss before the relational loss; none if not given
     gray:bool=False, # Images with one channel
     valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid (val, test)
     skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
@@ -167,32 +171,43 @@ def ressl_pretrain(
 ):
     "Pretrain an image encoder without labels (ReSSL) and write encoder.pth, history.csv, views.png, curves.png and config.json"
     args = {k:v for k,v in locals().items() if k not in ('data','out')}
-    for k,v in (digits_defaults if data=='digits' else defaults).items():
-        if args[k] is None: args[k] = v
+    if not recipe: args = {k:digits_defaults.get(k) if v is None and data=='digits' else defaults.get(k) if v is None else v for k,v in args.items()}
     out = out or f"ressl-{Path(data).name}"
-    try: learn = _set_up(data, **args)
+    try: learn,fit,chosen = _set_up(data, **args)
     except (ValueError, OSError, ImportError) as e: raise CliError('ressl_pretrain: ' + ' '.join(str(e).split())) from e
-    args['queue_size'] = learn.model.queue.size
-    _run(learn, new_folder(out), data, args)
+    _run(learn, fit, new_folder(out), data, {**args, **chosen, 'queue_size':learn.model.queue.size})
 
-# %% ../nbs/12_cli.ipynb #b31174e9
-def _set_up(data, *, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, gray, valid_pct, skip_bad, num_workers, seed, warmup_epochs,
+# %% ../nbs/12_cli.ipynb #50306e9d
+def _dls(data, size, bs, gray, valid_pct, skip_bad, num_workers, seed):
+    if data=='digits': return digits_dls(size, bs)
+    return folder_dls(find_data(data), size, bs, gray, valid_pct, seed, skip_bad, num_workers)
+
+def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, infonce_epochs, pretrained, gray, valid_pct, skip_bad, num_workers, seed,
             **kwargs):
-    "The learner, before anything is trained or written"
+    "The learner, how to fit it, and what was chosen for it, before anything is trained or written"
     _positive(size=size, epochs=epochs, bs=bs, lr=lr, valid_pct=valid_pct)
     if valid_pct>=1: raise ValueError(f"valid_pct must be less than 1, got {valid_pct}")
+    kwargs = {k:v for k,v in kwargs.items() if v is not None}
+    if infonce_epochs: kwargs['warmup'] = InfoNCEWarmup(infonce_epochs)
+    how = dict(gray=gray, valid_pct=valid_pct, skip_bad=skip_bad, num_workers=num_workers, seed=seed)
+    if recipe: return _from_recipe(recipe, data, how, pretrained, arch=arch, size=size, n_epoch=epochs, bs=bs, lr=lr,
+                                   scale=min_scale and (min_scale,1.), flip_p=flip_p, blur_p=blur_p, **kwargs)
     arch,scale = get_arch(arch),(min_scale,1.)
     weak,strong = weak_tfms(size, scale, flip_p=flip_p),strong_tfms(size, scale, flip_p=flip_p, blur_p=blur_p)
     set_seed(seed, reproducible=True)
-    if data=='digits': dls = digits_dls(size, bs)
-    else: dls = folder_dls(find_data(data), size, bs, gray, valid_pct, seed, skip_bad, num_workers)
-    return ressl_learner(dls, arch, weak_tfms=weak, strong_tfms=strong, lr=lr,
-                         warmup=InfoNCEWarmup(warmup_epochs) if warmup_epochs else None, **kwargs)
+    learn = ressl_learner(_dls(data, size, bs, **how), arch, pretrained, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
+    return learn,partial(learn.fit_one_cycle, epochs),{}
 
-# %% ../nbs/12_cli.ipynb #4adeafe4
+def _from_recipe(name, data, how, pretrained, **given):
+    r = make_recipe(name, **{k:v for k,v in given.items() if v is not None})
+    set_seed(how['seed'], reproducible=True)
+    learn = r.learner(_dls(data, r.size, r.bs, **how), pretrained=pretrained)
+    return learn,partial(r.fit, learn),dict(arch=learn.model.encoder.arch, size=r.size, epochs=r.n_epoch, bs=r.bs)
+
+# %% ../nbs/12_cli.ipynb #b503f8ad
 def _print_row(log): print(' '.join(f'{o:12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
 
-def _run(learn, out, data, args):
+def _run(learn, fit, out, data, args):
     "Train `learn` and write everything to `out`"
     learn.path,learn.model_dir = out,Path('.')
     flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
@@ -205,11 +220,11 @@ def _run(learn, out, data, args):
     if labelled: config['knn_accuracy'] = {'raw pixels':pixel_knn(learn.dls), 'random encoder':_encoder_knn(learn)}
     print(f"{learn.dls.train.n} images for training, {learn.dls.valid.n} held out; {args['arch']} at {args['size']} pixels; results in {out}/")
     learn.add_cb(CSVLogger())
-    if sys.stdout.isatty(): learn.fit_one_cycle(args['epochs'])
+    if sys.stdout.isatty(): fit()
     else:
         learn.logger = _print_row
         _print_row(['epoch', 'train_loss', 'valid_loss', *learn.metrics.attrgot('name'), 'time'])
-        with learn.no_bar(): learn.fit_one_cycle(args['epochs'])
+        with learn.no_bar(): fit()
     learn.save_encoder('encoder')
     _save_curves(learn.csv_logger.read_log(), out/'curves.png')
     if labelled:

@@ -13,7 +13,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 # %% auto #0
 __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss', 'ressl_learner', 'load_encoder']
 
-# %% ../nbs/07_learner.ipynb #e7ba7aca
+# %% ../nbs/07_learner.ipynb #bce794fb
 from copy import deepcopy
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, get_model
 from fastai.vision.core import imagenet_stats
+from fastai.vision.learner import TimmBody
 from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
@@ -35,6 +36,7 @@ from fastcore.xtras import join_path_file
 from torch import nn, Tensor
 
 from . import __version__, views
+from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
 from .models import ReSSLModel, body_stem, create_encoder, set_stem
@@ -85,7 +87,13 @@ def embedding_loss(
     if pred.requires_grad: raise RuntimeError("nothing to train towards: the ReSSL callback was removed from this learner")
     return pred.new_zeros(len(pred) if reduction=='none' else ())
 
-# %% ../nbs/07_learner.ipynb #dd3ef968
+# %% ../nbs/07_learner.ipynb #dbbda297
+def _stats(dls, body, n_in, pretrained):
+    "What pretrained weights were trained with; else ImageNet's statistics for three channels, those of the images otherwise"
+    if n_in!=3: return image_stats(dls)
+    if pretrained and isinstance(body, TimmBody): return body.model.default_cfg['mean'],body.model.default_cfg['std']
+    return imagenet_stats
+
 def _add_normalize(dls, stats):
     dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
     if dls.device is not None: dls.to(dls.device)  # takes the statistics along
@@ -111,6 +119,8 @@ def ressl_learner(
     predictor_layers:int=0, # Linear layers of the predictor after the student's projector (2203.08717); 0 is none
     predictor_hidden:int=None, # Hidden width of the predictor; default: `n_hidden`
     predictor_bn:bool=True, # Batch norm in the predictor
+    batch_norm:str='plain', # Batch norms of the model: 'plain', 'split' (with the teacher's batch shuffled) or 'sync'; see `set_batch_norm`
+    n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     opt_func=Adam, # Optimizer function
     cbs=None, # Callbacks beside `ReSSL`
@@ -123,12 +133,15 @@ def ressl_learner(
     if queue_size>dls.train.n: raise ValueError(f"queue_size must be at most the number of training images, {dls.train.n}, got {queue_size}")
     if not len(dls.train): raise ValueError(f"bs={dls.train.bs} is larger than the training set of {dls.train.n} images: no batch would be full")
     ressl = ReSSL(ifnone(weak_tfms, views.weak_tfms(size)), ifnone(strong_tfms, views.strong_tfms(size)),
-                  teacher_momentum, student_temp, teacher_temp, warmup)
+                  teacher_momentum, student_temp, teacher_temp, warmup, shuffle=batch_norm=='split')
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers, projector_bn,
                        predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
+    set_batch_norm(model, batch_norm, n_splits)
+    if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
+        f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
     learn = Learner(dls, model, loss_func=embedding_loss, opt_func=opt_func, metrics=metrics, cbs=L(ressl)+L(cbs), **kwargs)
-    if get_normalize(dls) is None: _add_normalize(dls, imagenet_stats if n_in==3 else image_stats(dls))
+    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
     return learn
 
 # %% ../nbs/07_learner.ipynb #28b276cd

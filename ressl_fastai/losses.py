@@ -46,7 +46,7 @@ def relation(
     dtype = _dtype(z, queue)
     with torch.autocast(z.device.type, enabled=False): return (z.to(dtype) @ queue.to(dtype).T / temp).softmax(dim=1)
 
-# %% ../nbs/00_losses.ipynb #616f5325
+# %% ../nbs/00_losses.ipynb #11bfa5b8
 _n_logits = 2**20  # made at a time, 4 MB in float32
 
 def _read_out(z, queue):
@@ -66,16 +66,17 @@ def _read_out(z, queue):
     return (top + total.log())[:,0],mean/total
 
 class _LogSumExp(torch.autograd.Function):
-    "Log-sum-exp of `z @ queue.T` over the queue; gradient to `z` alone"
+    "`_read_out`, whose log-sum-exp has a gradient to `z`: the mean"
     @staticmethod
     def forward(ctx, z, queue):
         lse,mean = _read_out(z, queue)
         ctx.save_for_backward(mean)
-        return lse
+        ctx.mark_non_differentiable(mean)
+        return lse,mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad): return grad[:,None]*ctx.saved_tensors[0],None
+    def backward(ctx, grad, _): return grad[:,None]*ctx.saved_tensors[0],None
 
 # %% ../nbs/00_losses.ipynb #11e2cc57
 def _check_embeddings(z_student, z_teacher, queue):
@@ -86,7 +87,7 @@ def _check_embeddings(z_student, z_teacher, queue):
                          f"got {tuple(z_student.shape)} and {tuple(z_teacher.shape)}")
     return torch.promote_types(_dtype(z_student, queue), z_teacher.dtype)
 
-# %% ../nbs/00_losses.ipynb #72d11e62
+# %% ../nbs/00_losses.ipynb #fe87c602
 def ressl_loss(
     z_student:Tensor, # (V*bs, dim) student embeddings of V strong views of each image, the first view of all images first; L2-normalised
     z_teacher:Tensor, # (bs, dim) teacher embeddings of the weak views, L2-normalised; no gradient flows into them
@@ -99,16 +100,15 @@ def ressl_loss(
     _check_temp('student_temp', student_temp); _check_temp('teacher_temp', teacher_temp)
     dtype = _check_embeddings(z_student, z_teacher, queue)
     with torch.autocast(z_student.device.type, enabled=False):
-        _,mean_teacher = _read_out(z_teacher.detach().to(dtype)/teacher_temp, queue.detach())
-        z = z_student.to(dtype)/student_temp
-        lse = _LogSumExp.apply(z, queue.detach())
-        return _reduce(lse - (z*mean_teacher.repeat(len(z)//len(mean_teacher), 1)).sum(1), reduction)
+        z,n = z_student.to(dtype)/student_temp,len(z_student)
+        lse,mean = _LogSumExp.apply(torch.cat([z, z_teacher.detach().to(dtype)/teacher_temp]), queue.detach())  # both in one pass
+        return _reduce(lse[:n] - (z*mean[n:].repeat(n//len(z_teacher), 1)).sum(1), reduction)
 
 def _reduce(loss, reduction):
     if reduction not in ('mean', 'sum', 'none'): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     return loss if reduction=='none' else getattr(loss, reduction)()
 
-# %% ../nbs/00_losses.ipynb #d6aeef41
+# %% ../nbs/00_losses.ipynb #785f8290
 def info_nce_loss(
     z_student:Tensor, # (V*bs, dim) student embeddings, as for `ressl_loss`
     z_teacher:Tensor, # (bs, dim) teacher embeddings of the weak views, L2-normalised; no gradient flows into them
@@ -122,4 +122,4 @@ def info_nce_loss(
     with torch.autocast(z_student.device.type, enabled=False):
         z = z_student.to(dtype)/temp
         positive = (z*z_teacher.detach().to(dtype).repeat(len(z)//len(z_teacher), 1)).sum(1)
-        return _reduce(F.softplus(_LogSumExp.apply(z, queue.detach()) - positive), reduction)
+        return _reduce(F.softplus(_LogSumExp.apply(z, queue.detach())[0] - positive), reduction)

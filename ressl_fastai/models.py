@@ -31,7 +31,7 @@ from torchvision.models import get_model_builder, list_models
 from .feature_queue import FeatureQueue
 from .teacher import make_teacher, teacher_train
 
-# %% ../nbs/04_models.ipynb #95038de6
+# %% ../nbs/04_models.ipynb #6529aac1
 def _arch_name(arch):
     if isinstance(arch, str): return arch
     if isinstance(arch, nn.Module): return type(arch).__name__
@@ -56,6 +56,13 @@ def _instantiate(arch, pretrained):
     if not isinstance(model, nn.Module): raise ValueError(f"arch must make an nn.Module, {_arch_name(arch)} made a {type(model).__name__}")
     return model
 
+def _set_channels(model, n_in, pretrained):
+    "fastai's way to other channels than three, for the first convolution wherever it stands"
+    if n_in==3: return
+    parent,nm,conv = _child(model, nn.Conv2d)
+    try: setattr(parent, nm, create_body(nn.Sequential(conv), n_in, pretrained, cut=noop)[0])
+    except (AssertionError,StopIteration) as e: raise ValueError(f"{type(model).__name__} cannot take n_in={n_in} channels: {e}") from e
+
 def _n_convs(m): return sum(isinstance(o, nn.Conv2d) for o in m.modules())
 
 def _body(arch, n_in, pretrained):
@@ -63,8 +70,7 @@ def _body(arch, n_in, pretrained):
     if isinstance(arch, str): return _timm_body(arch, n_in, pretrained)
     if not callable(arch): raise ValueError(f"arch must be a model function, a timm name or an nn.Module, got {arch!r}")
     model,meta = _instantiate(arch, pretrained),model_meta.get(getattr(arch, 'func', arch), {})
-    try: model = create_body(model, n_in, pretrained, cut=noop)  # changes the first layer, cuts nothing
-    except AssertionError as e: raise ValueError(f"{_arch_name(arch)} cannot take n_in={n_in} channels: {e}") from e
+    _set_channels(model, n_in, pretrained)
     try: body = create_body(model, cut=meta.get('cut'))
     except StopIteration: body = None
     if body is not None and (meta.get('cut') is not None or _n_convs(body)==_n_convs(model)): return body
@@ -98,11 +104,11 @@ def get_arch(
     raise ValueError(f"arch must be the name of a torchvision, fastai or timm model, got {name!r}"
                      + (f"; did you mean {' or '.join(near)}?" if near else '') + ('' if timm else ' (timm is not installed)'))
 
-# %% ../nbs/04_models.ipynb #b8d0c4cb
+# %% ../nbs/04_models.ipynb #aac83e57
 stems = {'standard':"as the architecture has it", 'small_pool':"3x3 stride 1, max-pool kept (about 64 pixels)",
-         'small':"3x3 stride 1, no max-pool (about 32 pixels)"}
+         'small':"3x3 stride 1, no max-pool (about 32 pixels)", 'small_pad2':"as small, with padding 2, as solo-learn's ResNets have it"}
 
-# %% ../nbs/04_models.ipynb #83320dff
+# %% ../nbs/04_models.ipynb #99c03b36
 def _child(m, typ):
     "Parent, name and module of the first submodule of type `typ`"
     for nm,o in m.named_modules():
@@ -119,7 +125,7 @@ def body_stem(
 
 def set_stem(
     body:nn.Module, # Changed in place; its first convolution is taken for the stem
-    stem:str # One of 'standard', 'small_pool' (3x3, stride 1) and 'small' (3x3, stride 1, and no max-pool)
+    stem:str # One of 'standard', 'small_pool' (3x3, stride 1), 'small' (and no max-pool) and 'small_pad2' (and padding 2)
 ) -> nn.Module: # `body`
     "Give `body` a stem for small images (2107.09282, section 4.1)"
     if stem not in stems: raise ValueError(f"stem must be one of {', '.join(stems)}, got {stem!r}")
@@ -129,12 +135,15 @@ def set_stem(
     if conv is None: raise ValueError(f"stem={stem!r} needs a convolution to replace, {type(body).__name__} has none")
     if conv.kernel_size==conv.stride: raise ValueError(
         f"stem={stem!r} cannot replace patches of {conv.kernel_size[0]} pixels: use stem='standard' and an architecture with smaller patches")
-    if conv.kernel_size==(3,3): conv.stride = (1,1)
+    pad = 2 if stem=='small_pad2' else 1
+    if conv.kernel_size==(3,3):
+        conv.stride = (1,1)
+        if pad==2: conv.padding = (2,2)
     else:
-        new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None)
+        new = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=pad, bias=conv.bias is not None)
         nn.init.kaiming_normal_(new.weight, mode='fan_out', nonlinearity='relu')
         setattr(parent, nm, new.to(conv.weight).requires_grad_(conv.weight.requires_grad))
-    if stem=='small':
+    if stem in ('small','small_pad2'):
         parent,nm,pool = _child(body, nn.MaxPool2d)
         if pool is not None: setattr(parent, nm, nn.Identity())
     body._ressl_stem = stem
@@ -171,15 +180,16 @@ class Encoder(nn.Sequential):
 
     def extra_repr(self): return f"arch={self.arch}, n_in={self.n_in}, stem={self.stem}, nf={self.nf}"
 
-# %% ../nbs/04_models.ipynb #6f006ed4
+# %% ../nbs/04_models.ipynb #b0ecccea
 def create_encoder(
-    arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`
+    arch, # torchvision or fastai model function (or `partial` of one), timm name, `nn.Module` or `Encoder`
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's weights, a download unless it is cached
     stem:str='auto', # 'standard', 'small_pool', 'small', or 'auto': by `size`, and 'standard' for pretrained weights, patches and modules
     size:int|tuple=64 # Side, or (height, width), of the images in pixels
 ) -> Encoder: # Images (bs, n_in, h, w) to features (bs, nf)
     "An encoder from any architecture"
+    if isinstance(arch, Encoder): return Encoder(set_stem(arch[0], arch.stem if stem=='auto' else stem), arch.arch, n_in, size)
     body = _body(arch, n_in, pretrained)
     if stem=='auto': stem = _auto_stem(body, size) if not (pretrained or isinstance(arch, nn.Module)) else body_stem(body)
     return Encoder(set_stem(body, stem), _arch_name(arch), n_in, size)

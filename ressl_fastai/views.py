@@ -17,8 +17,8 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/views.html.md"""
 __all__ = ['crop_boxes', 'resize_matrix', 'blur_matrix', 'color_matrices', 'RandomView', 'weak_tfms', 'strong_tfms',
            'multi_crop_tfms', 'show_views', 'clean_dl']
 
-# %% ../nbs/03_views.ipynb #c580cec9
-import math
+# %% ../nbs/03_views.ipynb #caaa5b04
+import math, warnings
 
 import torch
 from fastai.data.core import Datasets, TfmdDL, TfmdLists
@@ -126,7 +126,7 @@ def color_matrices(
         res = torch.where((torch.rand(bs, device=mean.device)<gray_p)[:,None,None], gray, eye) @ res
     return res
 
-# %% ../nbs/03_views.ipynb #17f7d268
+# %% ../nbs/03_views.ipynb #bbe7155e
 class RandomView:
     "Batch transform: crop, flip, colour and blur, every image with its own random numbers"
     def __init__(self,
@@ -141,7 +141,7 @@ class RandomView:
         blur_sigma:tuple=(0.1,2.) # Standard deviation of the blur in pixels of the view, > 0
     ):
         store_attr()
-        self.size = tuple(size) if isinstance(size, (tuple,list)) else (size,size)
+        self.size,self._said = tuple(size) if isinstance(size, (tuple,list)) else (size,size),False
         self._check()
 
     def _check(self):
@@ -164,8 +164,14 @@ class RandomView:
     ) -> Tensor: # (bs, c, *size) views in [0, 1]
         x = x.as_subclass(Tensor)
         x = x.float()/255 if x.dtype==torch.uint8 else x.float()
+        self._say_what_is_left_out(x.shape[1])
         rows,cols = self._matrices(x)
         return self._color(rows[:,None] @ x @ cols[:,None].mT)
+
+    def _say_what_is_left_out(self, c):
+        if c in (1,3) or self._said or not (self.gray_p or self.jitter_p and any(self.jitter[2:])): return
+        self._said = True
+        warnings.warn(f"images have {c} channels: saturation, hue and grayscale need 3 and are left out, brightness and contrast work on all")
 
     def _matrices(self, x):
         "(bs, h_out, h) and (bs, w_out, w): crop, flip, resize and blur"

@@ -104,7 +104,7 @@ def runs(tmp_path_factory):
     out = tmp/'out'; out.mkdir(); (out/'notes.txt').write_text('mine')
     def go(args): return shell(*args, cwd=tmp)
     with ThreadPoolExecutor(2) as pool:
-        a,b,c = pool.map(go, [(classes, '--out', out, *small), (flat, *small), (photos, '--arch=xresnet18', '--size=32', '--epochs=1', '--bs=16', '--skip-bad', '--predictor-layers=2', '--warmup-epochs=1')])
+        a,b,c = pool.map(go, [(classes, '--out', out, *small), (flat, *small), (photos, '--arch=xresnet18', '--size=32', '--epochs=1', '--bs=16', '--skip-bad', '--predictor-layers=2', '--infonce-epochs=1')])
     again = go([*shlex.split(json.loads((tmp/'out-2'/'config.json').read_text())['command'])[1:], '--out', tmp/'again'])
     return SimpleNamespace(tmp=tmp, classes=a, flat=b, photos=c, again=again)
 

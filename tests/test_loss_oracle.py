@@ -162,7 +162,7 @@ def test_nothing_of_the_queues_size_is_kept_or_made(monkeypatch):
     def plain(zs, zt, queue): return -(relation(zt, queue, 0.04)*(zs@queue.T/0.1).log_softmax(1)).sum(1).mean()
     for loss in (ressl_loss, info_nce_loss):
         kept,made = memory(loss)
-        assert kept<=8*4 and made<=8*50, (kept,made)
+        assert kept<=2*8*4 and made<=8*50, (kept,made)  # as much as the embeddings of student and teacher
     kept,made = memory(plain)
     assert kept>=8*500 and made>=8*500  # control
 

@@ -1,19 +1,22 @@
 "What happens around the steps: data as it comes, labels, accumulation, skipped steps, errors, `lr_find`, saving."
-import random
+import math, random
 from functools import partial
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import (Callback, CancelFitException, CancelStepException, DataBlock, GradientAccumulation, ImageBlock, ImageDataLoaders, MixedPrecision,
-    Normalize, PILImage, RandomResizedCrop, RandomSplitter, Resize, SaveModelCallback, SGD, TensorImage, Transform, aug_transforms, get_image_files, imagenet_stats)
+    Normalize, PILImage, RandomResizedCrop, SchedLin, RandomSplitter, Resize, SaveModelCallback, SGD, TensorImage, Transform, aug_transforms, get_image_files, imagenet_stats)
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ressl_fastai.callback import ReSSL, get_normalize
+from ressl_fastai.batch_norm import SplitBatchNorm
+from ressl_fastai.callback import InfoNCEWarmup, ReSSL, get_normalize
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import KNNAccuracy
 from ressl_fastai.learner import load_encoder, ressl_learner
 from ressl_fastai.losses import ressl_loss
 from ressl_fastai.models import small_resnet
+from ressl_fastai.views import multi_crop_tfms, strong_tfms, weak_tfms
 
 class NoBN(nn.Sequential):
     "A network in which images of a batch do not meet"
@@ -40,7 +43,7 @@ class See(Callback):
     order = ReSSL.order+0.5
     def before_fit(self): self.strong,self.weak = [],[]
     def before_batch(self):
-        if self.training: self.strong.append(self.xb[0].clone()); self.weak.append(self.ressl.x_teacher.clone())
+        if self.training: self.crops = self.xb; self.strong.append(self.xb[0].clone()); self.weak.append(self.ressl.x_teacher.clone())
 
 class Skip(Callback):
     "Skips every step, as `MixedPrecision` does after an overflow"
@@ -231,3 +234,69 @@ def test_encoder_file_round_trip(tmp_path, teacher):
     (tmp_path/'models'/'cut.pth').write_bytes((tmp_path/'models'/'enc.pth').read_bytes()[:1000])
     for bad in ('cut',):
         with pytest.raises(ValueError, match='cannot be read'): load_encoder(other, bad)
+
+# variants
+
+class Weights(Callback):
+    "Weight of the InfoNCE loss at the first batch of each epoch"
+    order = ReSSL.order+0.5
+    def before_fit(self): self.seen = []
+    def before_batch(self):
+        if self.training and self.train_iter%22==0: self.seen.append(self.ressl.warmup(self.ressl.progress, self.learn.n_epoch))
+
+def test_a_run_that_is_continued_has_the_warmup_where_it_was():
+    for kw,want in ((dict(), [1.,1.,0.5,0.]), (dict(start_epoch=2), [0.5,0.])):
+        w = Weights()
+        fit(make(warmup=InfoNCEWarmup(1.5, ramp=1)), 4, cbs=w, **kw)
+        assert w.seen==pytest.approx(want)
+
+def test_split_batch_norm_and_a_shuffled_teacher():
+    learn = make(arch=partial(small_resnet, widen=0.125), batch_norm='split', n_splits=4)
+    bns = [m for m in learn.model.modules() if isinstance(m, _BatchNorm)]
+    assert bns and all(isinstance(m, SplitBatchNorm) and m.n_splits==4 for m in bns) and learn.ressl.shuffle
+    before = state(learn); fit(learn); assert not same(before, state(learn))
+    for bad in (dict(n_splits=7), dict(n_splits=64), dict(n_splits=0), dict(batch_norm='group')):
+        with pytest.raises(ValueError, match='n_splits|batch_norm|kind'): make(arch=small_resnet, **{'batch_norm':'split', **bad})
+    # without batch norm a shuffled batch gives the same embeddings, in the images' order, from another order of images
+    learn,orders = make(projector_bn=False, weak_tfms=identity),[]
+    learn.ressl.shuffle = True
+    class Watch(Callback):
+        order = ReSSL.order+0.5
+        def after_loss(self):
+            if not self.training: return
+            orders.append(torch.equal(seen[-1], self.ressl.x_teacher))
+            torch.testing.assert_close(self.ressl.z_teacher, self.model.teacher(self.ressl.x_teacher))
+    seen = []
+    learn.model.teacher.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    fit(learn, cbs=Watch())
+    assert len(orders)==22 and not any(orders)
+
+def test_queue_in_bfloat16():
+    learn = fit(make(queue_dtype=torch.bfloat16))
+    feats = learn.model.queue.feats
+    assert feats.dtype==torch.bfloat16 and feats.norm(dim=1).sub(1).abs().max()<2**-7
+    z = F.normalize(feats[:50].float()+0.1*torch.randn(50, 8), dim=1)
+    a,b = (ressl_loss(z[:25], z[25:], q) for q in (feats, feats.float()))
+    assert a.dtype==torch.float32 and torch.equal(a, b)
+
+def test_collapse_is_ln_k_and_a_healthy_run_stays_below():
+    mild = dict(scale=(0.7,1.), flip_p=0.)
+    learn = fit(make(arch=partial(small_resnet, widen=0.25), dim=32, n_hidden=64, weak_tfms=weak_tfms(8, **mild), strong_tfms=strong_tfms(8, **mild)), 3, 3e-3)
+    assert learn.recorder.values[-1][0]<math.log(200)-0.1 and learn.recorder.values[-1][1]<math.log(200)-0.1
+    with torch.no_grad():
+        for net in (learn.model.projector, learn.model.teacher[1]): net[-1].weight.zero_(); net[-1].bias.fill_(1.)
+        learn.model.queue.feats.copy_(F.normalize(torch.ones(200, 32), dim=1))
+    with learn.no_bar(): assert abs(learn.validate()[0]-math.log(200))<1e-5
+
+def test_several_crops_are_seen_by_the_student_alone():
+    learn,see = make(arch=partial(small_resnet, widen=0.125), strong_tfms=multi_crop_tfms(8)[:3]),See()
+    fit(learn, cbs=see)
+    assert [tuple(x.shape[1:]) for x in see.crops]==[(1,8,8),(1,7,7),(1,6,6)] and all(x.shape==(64,1,8,8) for x in see.weak)
+    assert int(learn.model.queue.ptr)==(256+22*64)%200  # four batches fill the queue, then one key for each image
+    learn.show_views(2)
+
+def test_schedules_that_leave_their_range_are_refused():
+    for kw,text in ((dict(teacher_momentum=SchedLin(0.9, 1.1)), 'teacher_momentum must be between 0 and 1, got 1.1 at progress 1.0'),
+                    (dict(teacher_temp=SchedLin(0.04, 0.)), 'teacher_temp must be greater than 0'), (dict(warmup=5), 'warmup must be an InfoNCEWarmup'),
+                    (dict(strong_tfms=[]), 'strong_tfms must be'), (dict(predictor_layers=-1), 'n_layers must be'), (dict(projector_layers=0), 'n_layers=0')):
+        with pytest.raises(ValueError, match=text): make(**kw)

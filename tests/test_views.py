@@ -144,6 +144,17 @@ def test_amounts_of_jitter():
     amounts = jittered(); amounts[:,2] = amounts[:,0]
     assert wrong_amounts(amounts)==[('brightness','saturation')]                                                            # control: one number for two
 
+def test_amounts_of_blur():
+    "An impulse spreads to a variance of sigma**2, but for discreteness below 0.8: exp(-2 * pi**2 * 0.8**2) = 3e-6"
+    def wrong(**kwargs):
+        x = torch.zeros(1, 1, 33, 33); x[...,16,16] = 1
+        v = strong_tfms(33, **whole, flip_p=0., jitter_p=0., blur_p=1., **kwargs)(x.expand(2000, -1, -1, -1))
+        rows,cols = ((v.sum(dim).squeeze(1)*(torch.arange(33)-16)**2).sum(1).sqrt() for dim in (2,3))
+        torch.testing.assert_close(rows, cols)
+        large = rows>0.8
+        return ks_1samp(rows[large], uniform(0.8, 1.2).cdf).pvalue<p_false or binomtest(int(large.sum()), 2000, 1.2/1.9).pvalue<p_false
+    assert not wrong() and wrong(blur_sigma=(0.1,2.3)) and wrong(blur_sigma=(0.4,2.))  # controls: other ranges
+
 def hue_matrix(monkeypatch, hue):
     "`color_matrices` where every number drawn is the upper end of its range"
     monkeypatch.setattr(Tensor, 'uniform_', lambda t, lo=0., hi=1.: t.fill_(hi))
