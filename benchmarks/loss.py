@@ -3,7 +3,7 @@ the embeddings, each case in its own process. One JSON line per shape in results
 
     .venv/bin/python benchmarks/loss.py
 """
-import argparse, json, os, platform, resource, statistics, subprocess, sys, time
+import argparse, json, os, platform, statistics, subprocess, sys, time
 from datetime import date
 from pathlib import Path
 
@@ -41,13 +41,16 @@ def times(shape, n):
             if i: res[k].append(time.perf_counter()-start)
     return res
 
+def memory(field): return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(field))/1024
+
 def peak(name, shape):
-    "Megabytes by which forward and backward raise the process's peak"
-    step(losses[name], *embeddings(8, 16, 8))
+    "Megabytes by which forward and backward raise the process's memory, at most (Linux)"
+    step(losses[name], *embeddings(64, 1024, shape[2]))  # what the libraries allocate once
     args = embeddings(*shape)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path('/proc/self/clear_refs').write_text('5')          # the peak so far is forgotten
+    before = memory('VmRSS')
     step(losses[name], *args)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024
+    return memory('VmHWM')-before
 
 def peak_of(name, shape):
     out = subprocess.run([sys.executable, __file__, '--peak', name, *map(str, shape)], capture_output=True, text=True, check=True)
