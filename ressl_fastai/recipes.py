@@ -195,13 +195,13 @@ def fit_kwargs(self:Recipe) -> dict: # For a learner
     "What `fit_warmup_cos` is called with"
     return dict(n_epoch=self.n_epoch, lr_max=self.lr, warmup_epochs=self.warmup_epochs)
 
-# %% ../nbs/09_recipes.ipynb #b7a9f603
+# %% ../nbs/09_recipes.ipynb #e5833cf0
 def _split_misfit(recipe, bs):
     "Batch norm in parts that `bs` images do not make, or that have another size than the recipe's"
     n,part = recipe.n_splits,max(2, recipe.bs//recipe.n_splits)
     near = max(k for k in range(1, max(1, bs//part)+1) if bs%k==0)
     if bs%n or bs<2*n: return f"{bs} images cannot be {n} equal parts of two or more for batch norm",near
-    if bs!=recipe.bs and near!=n: return f"the {n} parts for batch norm have {bs//n} images, not {part}",near
+    if near!=n: return f"the {n} parts for batch norm have {bs//n} images, not {part}",near
 
 def _misfits(recipe, dls):
     "What in `dls` contradicts the recipe, by the name of the value: in words, and the value that would fit"
@@ -225,9 +225,9 @@ def _check_dls(recipe, dls):
     raise ValueError(f"dls do not fit recipe {recipe.name!r}: {'; '.join(what for what,_ in misfits.values())}. "
                      f"Change dls, or make recipe({recipe.name!r}, {', '.join(f'{k}={v}' for k,(_,v) in misfits.items())})")
 
-# %% ../nbs/09_recipes.ipynb #745cf391
+# %% ../nbs/09_recipes.ipynb #9d977c0d
 @patch
-@delegates(ressl_learner, but=[*_goes_to])
+@delegates(ressl_learner, but=[*_goes_to,'opt_func','moms'])
 def learner(self:Recipe,
     dls:DataLoaders, # fastai vision `DataLoaders` of the data set, of `bs` images; a missing `Normalize` is added
     **kwargs
@@ -241,17 +241,18 @@ def learner(self:Recipe,
     if self.norm_stats is not None and get_normalize(dls) is None: _add_normalize(dls, self.norm_stats)
     return ressl_learner(dls, self.arch, **args)
 
-# %% ../nbs/09_recipes.ipynb #b666b9fb
+# %% ../nbs/09_recipes.ipynb #b476f410
 @patch
-@delegates(Learner.fit_warmup_cos)
+@delegates(Learner.fit_warmup_cos, but=['lr_max'])
 def fit(self:Recipe,
     learn:Learner, # From `learner`
     n_epoch:int=None, # Epochs, if not the recipe's; more than `warmup_epochs`
+    warmup_epochs:float=None, # Epochs in which the learning rate rises, if not the recipe's
     **kwargs
 ):
     "Train `learn` with the schedule of this recipe"
-    kwargs = {**self.fit_kwargs(), **kwargs}
-    if n_epoch is not None: kwargs['n_epoch'] = n_epoch
+    given = dict(n_epoch=n_epoch, warmup_epochs=warmup_epochs)
+    kwargs = {**self.fit_kwargs(), **{k:v for k,v in given.items() if v is not None}, **kwargs}
     n_epoch,warmup = kwargs['n_epoch'],self.warmup
     if isinstance(warmup, InfoNCEWarmup) and warmup.end<1 and warmup(1-1/n_epoch, n_epoch)==1:
         raise ValueError(f"n_epoch={n_epoch} leaves no epoch for the relational loss after the recipe's warmup={_show(warmup)}")

@@ -250,6 +250,8 @@ def stats_tfms(mean, std): return [Normalize.from_stats(mean, std, cuda=False)]
     (recipe('cifar10', **{**tiny, 'bs':64, 'n_splits':2}), partial(dls, n=104, bs=96), r'recipe\(.cifar10., bs=96, n_splits=3\)'),
     (recipe('cifar10', **{**tiny, 'n_splits':3}), dls, r'8 images cannot be 3 equal parts.*n_splits=4\)'),
     (recipe('cifar10', **{**tiny, 'n_splits':8}), dls, r'cannot be 8 equal parts of two.*n_splits=4\)'),
+    (recipe('cifar10', **{**tiny, 'bs':16, 'n_splits':4}), partial(dls, bs=14), r'bs=14, n_splits=2\)'),
+    (recipe('cifar10', **tiny), partial(dls, bs=10), r'^(?!.*n_splits).*recipe\(.cifar10., bs=10\)'),
     (recipe('cifar10', **tiny), partial(dls, n_in=1), r'1 channels.*norm_stats=None'),
     (recipe('cifar10', **tiny), partial(dls, tfms=stats_tfms(*imagenet_stats)), 'Normalize has .*0.485.*norm_stats=None')])
 def test_data_that_contradict_a_recipe_are_refused(r, data, text):
