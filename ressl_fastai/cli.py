@@ -177,7 +177,7 @@ def ressl_pretrain(
     except (ValueError, OSError, ImportError) as e: raise CliError('ressl_pretrain: ' + ' '.join(str(e).split())) from e
     _run(learn, fit, new_folder(out), data, {**args, **chosen, 'queue_size':learn.model.queue.size})
 
-# %% ../nbs/12_cli.ipynb #50306e9d
+# %% ../nbs/12_cli.ipynb #59ea59be
 def _dls(data, size, bs, gray, valid_pct, skip_bad, num_workers, seed):
     if data=='digits': return digits_dls(size, bs)
     return folder_dls(find_data(data), size, bs, gray, valid_pct, seed, skip_bad, num_workers)
@@ -199,6 +199,7 @@ def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur
     return learn,partial(learn.fit_one_cycle, epochs),{}
 
 def _from_recipe(name, data, how, pretrained, **given):
+    if bs := given['bs']: given['n_splits'] = next(n for n in range(max(1, bs//32), 0, -1) if bs%n==0)  # parts of 32 images, as published
     r = make_recipe(name, **{k:v for k,v in given.items() if v is not None})
     set_seed(how['seed'], reproducible=True)
     learn = r.learner(_dls(data, r.size, r.bs, **how), pretrained=pretrained)

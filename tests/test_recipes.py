@@ -7,12 +7,13 @@ from fastai.data.block import DataBlock
 from fastai.data.transforms import Normalize, RandomSplitter
 from fastai.optimizer import SGD
 from fastai.torch_core import norm_bias_params
-from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
+from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from torch import nn
 
 from ressl_fastai.batch_norm import SplitBatchNorm
 from ressl_fastai.callback import InfoNCEWarmup, get_normalize
+from ressl_fastai.data import digits_dls
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.recipes import recipe, recipes
 
@@ -106,11 +107,10 @@ def test_errors(call, error, text):
     with pytest.raises(error, match=text): call()
 
 
-def dls(n=24, bs=8, n_in=3, tfms=None, size=16):
-    rng = np.random.default_rng(0)
-    ims = rng.integers(0, 256, (n,size,size,n_in), dtype=np.uint8).squeeze()
-    block = DataBlock(ImageBlock(PILImage if n_in==3 else PILImageBW), get_x=ims.__getitem__,
-                      splitter=RandomSplitter(8/n, seed=0), batch_tfms=tfms)
+def dls(n=24, bs=8, tfms=None):
+    "Coloured noise, 8 images of which are held out"
+    ims = np.random.default_rng(0).integers(0, 256, (n,16,16,3), dtype=np.uint8)
+    block = DataBlock(ImageBlock, get_x=ims.__getitem__, splitter=RandomSplitter(8/n, seed=0), batch_tfms=tfms)
     return block.dataloaders(range(n), bs=bs, num_workers=0)
 
 tiny = dict(arch=partial(small_resnet, widen=0.125), bs=8, n_splits=2, queue_size=12, n_hidden=16, dim=8, size=16)
@@ -252,7 +252,7 @@ def stats_tfms(mean, std): return [Normalize.from_stats(mean, std, cuda=False)]
     (recipe('cifar10', **{**tiny, 'n_splits':8}), dls, r'cannot be 8 equal parts of two.*n_splits=4\)'),
     (recipe('cifar10', **{**tiny, 'bs':16, 'n_splits':4}), partial(dls, bs=14), r'bs=14, n_splits=2\)'),
     (recipe('cifar10', **tiny), partial(dls, bs=10), r'^(?!.*n_splits).*recipe\(.cifar10., bs=10\)'),
-    (recipe('cifar10', **tiny), partial(dls, n_in=1), r'1 channels.*norm_stats=None'),
+    (recipe('cifar10', **tiny), partial(digits_dls, bs=8), r'1 channels.*norm_stats=None'),
     (recipe('cifar10', **tiny), partial(dls, tfms=stats_tfms(*imagenet_stats)), 'Normalize has .*0.485.*norm_stats=None')])
 def test_data_that_contradict_a_recipe_are_refused(r, data, text):
     data = data()
@@ -264,7 +264,7 @@ def test_data_that_fit_are_taken():
     recipe('cifar10', **{**tiny, 'queue_size':16}).learner(dls())
     learn = recipe('cifar10', **tiny).learner(dls(tfms=stats_tfms(*official['cifar10']['norm_stats'])))
     assert sum(isinstance(f, Normalize) for f in learn.dls.train.after_batch.fs)==1
-    gray = recipe('cifar10', **tiny, norm_stats=None).learner(dls(n_in=1))
+    gray = recipe('cifar10', **tiny, norm_stats=None).learner(digits_dls(bs=8))
     assert gray.model.encoder.n_in==1
     with pytest.raises(TypeError, match=r'lr and queue_size belong to the recipe: recipe\(.cifar10., lr=\.\.\., queue_size=\.\.\.\)'):
         recipe('cifar10', **tiny).learner(dls(), lr=1., queue_size=3)

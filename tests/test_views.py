@@ -1,7 +1,7 @@
 """Views against torchvision's and scipy's operations, and the random numbers read off the views against their distributions.
 
 Statistical checks, about 130 of them, fail with probability `p_false` each where nothing is wrong; the seed is fixed, so they do or do not for good."""
-import colorsys, math
+import colorsys, math, warnings
 from itertools import combinations
 
 import numpy as np, pytest, torch, torchvision.transforms as T, torchvision.transforms.v2 as T2, torchvision.transforms.v2.functional as TF
@@ -16,6 +16,7 @@ from torch import Tensor
 from ressl_fastai import views
 from ressl_fastai.views import RandomView, clean_dl, color_matrices, crop_boxes, strong_tfms, weak_tfms
 
+pytestmark = pytest.mark.filterwarnings('ignore:images have 13 channels')
 p_false = 1e-5
 whole = dict(scale=(1.,1.), ratio=(1.,1.))  # a square image is kept whole
 luma = torch.tensor([0.299,0.587,0.114])
@@ -248,6 +249,13 @@ def test_jitter_with_another_number_of_channels(c):
     assert all(ks_1samp(o, uniform(0.6, 0.8).cdf).pvalue>p_false for o in (b,c)) and spearmanr(b, c).pvalue>p_false
     b,c = b[:,None,None,None],c[:,None,None,None]
     torch.testing.assert_close(v, b*(c*x+(1-c)*x.mean()), rtol=0, atol=1e-5)
+
+def test_what_needs_three_channels_is_left_out_with_one_warning(recwarn):
+    strong = strong_tfms(8)
+    for tfm,c,n in ((strong,3,0), (strong,1,0), (weak_tfms(8),13,0), (strong,13,1), (strong,13,0), (strong_tfms(8, jitter=(0.4,0.4,0.,0.), gray_p=0.),13,0)):
+        recwarn.clear(); warnings.simplefilter('always')
+        tfm(torch.rand(2, c, 9, 9))
+        assert len(recwarn)==n
 
 @pytest.mark.parametrize('tfm', [weak_tfms((20,30)), strong_tfms((20,30)), strong_tfms((20,30), jitter=(1.,2.,3.,0.5), jitter_p=1., blur_p=1.)],
     ids=['weak','strong','strongest'])
