@@ -74,30 +74,32 @@ def blur_matrix(
     weights = (-(offset[:,None]-offset)**2 / (2*sigma[:,None,None]**2)).exp()
     return weights / weights.sum(2, keepdim=True)
 
-# %% ../nbs/03_views.ipynb #036e71a7
+# %% ../nbs/03_views.ipynb #c706741b
 _luma = (0.299, 0.587, 0.114)
 _yiq = torch.tensor([_luma, (0.5959,-0.2746,-0.3213), (0.2115,-0.5227,0.3112)])
+_rgb = _yiq.inverse()
 
-def _affine(linear, shift):
-    "(bs, c+1, c+1) matrices from their (bs, c, c) linear part and (bs, c) shift"
-    m = torch.zeros(len(linear), shift.shape[1]+1, shift.shape[1]+1, device=shift.device)
-    m[:,:-1,:-1],m[:,:-1,-1],m[:,-1,-1] = linear,shift,1
-    return m
+def _turns(hue):
+    "(bs, 3, 3) matrices that turn the chroma plane by `hue` (bs,) whole turns, the way that torchvision turns"
+    cos,sin = (2*math.pi*hue).cos(),(2*math.pi*hue).sin()
+    turn = torch.eye(3, device=hue.device).repeat(len(hue), 1, 1)
+    turn[:,1,1],turn[:,1,2],turn[:,2,1],turn[:,2,2] = cos,sin,-sin,cos
+    return _rgb.to(hue.device) @ turn @ _yiq.to(hue.device)
 
-def _jitter_matrix(op, amount, mean, luma):
-    "Matrix of one operation: 0 brightness, 1 contrast, 2 saturation, 3 hue; `mean` (bs, c) is the mean colour so far"
-    bs,c = mean.shape
-    eye,zero,amount = torch.eye(c, device=mean.device).expand(bs,c,c),torch.zeros_like(mean),amount[:,None,None]
-    if op==0: return _affine(eye*amount, zero)
-    if op==1: return _affine(eye*amount, ((1-amount[:,0])*(mean@luma)[:,None]).expand(bs,c))
-    if op==2: return _affine(eye*amount + (1-amount)*luma, zero)
-    yiq = _yiq.to(mean.device)
-    cos,sin = (2*math.pi*amount[:,0,0]).cos(),(2*math.pi*amount[:,0,0]).sin()
-    turn = torch.eye(3, device=mean.device).repeat(bs,1,1)
-    turn[:,1,1],turn[:,1,2],turn[:,2,1],turn[:,2,2] = cos,sin,-sin,cos  # the way that torchvision turns
-    return _affine(yiq.inverse() @ turn @ yiq, zero)
+def _luminance(mean):
+    "(c,) weights of the channels"
+    c = mean.shape[1]
+    return torch.tensor(_luma if c==3 else [1/c]*c, device=mean.device)
 
-# %% ../nbs/03_views.ipynb #42679e6b
+def _jitter_matrices(brightness, contrast, saturation, hue, mean):
+    "(bs, c, c+1) matrices of the four amounts (bs,) for images with mean colours `mean` (bs, c)"
+    (bs,c),luma = mean.shape,_luminance(mean)
+    linear = torch.eye(c, device=mean.device).expand(bs, c, c)
+    if c==3: linear = luma + saturation[:,None,None]*(_turns(hue)-luma)
+    shift = brightness*(1-contrast)*(mean@luma)
+    return torch.cat([(brightness*contrast)[:,None,None]*linear, shift[:,None,None].expand(bs, c, 1)], 2)
+
+# %% ../nbs/03_views.ipynb #293b8f5b
 def color_matrices(
     mean:Tensor, # (bs, c) mean colour of each image, which contrast needs
     brightness:float=0.4, # Factor drawn from [max(0, 1-b), 1+b], >= 0
@@ -106,25 +108,16 @@ def color_matrices(
     hue:float=0.1, # Turn drawn from [-hue, hue], in [0, 0.5]; only with 3 channels
     jitter_p:float=0.8, # Probability that an image is jittered at all
     gray_p:float=0.2 # Probability that an image becomes gray after that; only with 3 channels
-) -> Tensor: # (bs, c+1, c+1) matrices for colours extended by 1
-    "Colour jitter in random order and random grayscale, one affine matrix per image"
+) -> Tensor: # (bs, c, c+1): a matrix for the colour, and what is added
+    "Random colour jitter and grayscale, one affine map per image"
     bs,c = mean.shape
-    def uniform(lo, hi): return torch.empty(bs, device=mean.device).uniform_(lo, hi)
-    luma = torch.tensor(_luma if c==3 else [1/c]*c, device=mean.device)
-    amounts = [uniform(max(0, 1-o), 1+o) for o in (brightness, contrast, saturation)] + [uniform(-hue, hue)]
-    order = torch.rand(bs, 4, device=mean.device).argsort(1)
     jittered = torch.rand(bs, device=mean.device) < jitter_p
-    ones = mean.new_ones(bs, 1)
-    res = eye = torch.eye(c+1, device=mean.device).expand(bs, c+1, c+1)
-    for step in range(4):
-        mean_now = (res @ torch.cat([mean,ones], 1)[...,None])[:,:c,0]
-        for op in range(4 if c==3 else 2):
-            mine = (jittered & (order[:,step]==op))[:,None,None]
-            res = torch.where(mine, _jitter_matrix(op, amounts[op], mean_now, luma), eye) @ res
-    if c==3:
-        gray = _affine(luma.expand(bs,3,3), torch.zeros_like(mean))
-        res = torch.where((torch.rand(bs, device=mean.device)<gray_p)[:,None,None], gray, eye) @ res
-    return res
+    def draw(lo, hi, off): return torch.empty(bs, device=mean.device).uniform_(lo, hi).where(jittered, off)
+    factors = [draw(max(0, 1-o), 1+o, 1.) for o in (brightness, contrast, saturation)]
+    m = _jitter_matrices(*factors, draw(-hue, hue, 0.), mean)
+    if c!=3: return m
+    gray = torch.rand(bs, device=mean.device) < gray_p
+    return torch.where(gray[:,None,None], _luminance(mean).expand(3,3) @ m, m)
 
 # %% ../nbs/03_views.ipynb #bbe7155e
 class RandomView:
