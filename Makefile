@@ -24,7 +24,7 @@ sync: .venv/.ready  ## clean the notebooks, export the modules, write README.md
 	$(BIN)/python tools/readme.py
 
 outputs: .venv/.ready  ## run every notebook and keep what it shows, then sync
-	PYTHONWARNINGS=ignore $(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb nbs/*/*.ipynb
+	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb nbs/*/*.ipynb
 	$(MAKE) sync
 
 clean:  ## remove what can be made again, the environment too
