@@ -3,16 +3,15 @@ the embeddings, each case in its own process. One JSON line per shape in results
 
     .venv/bin/python benchmarks/loss.py
 """
-import argparse, json, os, platform, statistics, subprocess, sys, time
-from datetime import date
+import argparse, statistics, subprocess, sys, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from common import receipt
 from ressl_fastai.losses import ressl_loss
 
-root = Path(__file__).resolve().parent.parent
 shapes = ((64,1024,128), (256,4096,128), (256,16384,128), (256,65536,512), (256,131072,512))
 
 def published(z_student, z_teacher, queue, student_temp=0.1, teacher_temp=0.04):
@@ -57,16 +56,11 @@ def peak_of(name, shape):
     return float(out.stdout)
 
 def main():
-    git = lambda *args: subprocess.run(['git', *args], cwd=root, capture_output=True, text=True).stdout.strip()
     for shape in shapes:
         t,mb = times(shape, 15 if shape[1]<30000 else 5),{k:peak_of(k, shape) for k in losses}
         ms = {k:dict(median=round(1e3*statistics.median(v), 2), min=round(1e3*min(v), 2), max=round(1e3*max(v), 2)) for k,v in t.items()}
-        line = dict(benchmark='loss', date=str(date.today()), commit=git('rev-parse', '--short', 'HEAD'), changed=bool(git('status', '--porcelain', '--', 'ressl_fastai')),
-                    command='benchmarks/loss.py', seed=0, device='cpu', cpus=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
-                    python=platform.python_version(), bs=shape[0], queue_size=shape[1], dim=shape[2], ms=ms, mb={k:round(v, 1) for k,v in mb.items()},
-                    speedup=round(statistics.median(a/b for a,b in zip(t['published'], t['ours'])), 2))
-        with (root/'benchmarks'/'results'/'loss.jsonl').open('a') as f: f.write(json.dumps(line)+'\n')
-        print(json.dumps(line), flush=True)
+        receipt('loss', 0, bs=shape[0], queue_size=shape[1], dim=shape[2], ms=ms, mb={k:round(v, 1) for k,v in mb.items()},
+                speedup=round(statistics.median(a/b for a,b in zip(t['published'], t['ours'])), 2))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)

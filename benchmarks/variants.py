@@ -6,19 +6,16 @@
 A ResNet with four blocks, 16 to 128 channels wide. One thread per run, so that two may run side by side. Digits: 1,437 images, 15 epochs. Fashion-MNIST: the
 first 3,000 training images at 16 pixels, 12 epochs; the first 2,000 test images are held out.
 """
-import gzip, json, platform, subprocess, sys, time
-from datetime import date
+import sys, time
 from functools import partial
-from pathlib import Path
 
 import numpy as np, torch
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImageBW, SchedCos, SchedLin, set_seed
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import ressl_fastai
+from common import fashion_mnist, receipt
 from ressl_fastai.callback import InfoNCEWarmup
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed, knn_accuracy
@@ -26,18 +23,13 @@ from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import strong_tfms, weak_tfms
 
-root = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
-def fashion_dls(n_train=3000, n_valid=2000, size=16, bs=64, folder=Path('/usr/share/datasets/fashion-mnist')):
+def fashion_dls(n_train=3000, n_valid=2000, size=16, bs=64):
     "`DataLoaders` of the first Fashion-MNIST images"
-    def read(nm, offset): return np.frombuffer(gzip.open(folder/nm).read(), np.uint8, offset=offset)
-    ims,ys = [],[]
-    for part,n in (('train',n_train), ('t10k',n_valid)):
-        ims += list(read(f'{part}-images-idx3-ubyte.gz', 16).reshape(-1,28,28)[:n])
-        ys += read(f'{part}-labels-idx1-ubyte.gz', 8)[:n].tolist()
-    ims = np.stack([np.asarray(Image.fromarray(o).resize((size,size), Image.BILINEAR)) for o in ims])
-    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=ims.__getitem__, get_y=np.array(ys).__getitem__, splitter=IndexSplitter(range(n_train, n_train+n_valid)))
+    x,y,valid_x,valid_y = fashion_mnist(n_train, n_valid, size)
+    ims,ys = np.concatenate([x, valid_x]),np.concatenate([y, valid_y])
+    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=ims.__getitem__, get_y=ys.__getitem__, splitter=IndexSplitter(range(n_train, n_train+n_valid)))
     return block.dataloaders(range(len(ims)), bs=bs, num_workers=0)
 
 views = dict(digits=dict(scale=(0.7,1.), flip_p=0.), fashion=dict(scale=(0.4,1.)))
@@ -64,13 +56,7 @@ def run(data, nm, seed):
     return dict(knn=round(knn_accuracy(tx, ty, vx, vy), 4), linear=round(linear.score(vx, vy), 4), seconds=round(seconds, 1))
 
 def main(data, *seeds):
-    git = lambda *args: subprocess.run(['git', *args], cwd=root, capture_output=True, text=True).stdout.strip()
     for seed in map(int, seeds or ('42','1','2')):
-        for nm in variants(data):
-            line = dict(benchmark='variants', date=str(date.today()), commit=git('rev-parse', '--short', 'HEAD'), changed=bool(git('diff', '--name-only', 'HEAD', '--', 'ressl_fastai', ':!ressl_fastai/_modidx.py')),
-                command=f'benchmarks/variants.py {data} {seed}', data=data, epochs=epochs[data], variant=nm, seed=seed, device='cpu', threads=1,
-                versions=dict(ressl_fastai=ressl_fastai.__version__, torch=torch.__version__, python=platform.python_version()), **run(data, nm, seed))
-            with (root/'benchmarks'/'results'/'variants.jsonl').open('a') as f: f.write(json.dumps(line)+'\n')
-            print(json.dumps(line), flush=True)
+        for nm in variants(data): receipt('variants', seed, data=data, epochs=epochs[data], variant=nm, **run(data, nm, seed))
 
 if __name__=='__main__': main(*sys.argv[1:])

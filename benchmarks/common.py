@@ -1,0 +1,56 @@
+"""What the benchmarks share: receipts, and real images that a package manager serves.
+
+A receipt is one JSON line in results/NAME.jsonl: command, seed, commit, versions, device, then what was measured."""
+import gzip, json, os, platform, subprocess, sys
+from datetime import date
+from pathlib import Path
+
+import fastai, numpy as np, torch, torchvision
+from PIL import Image
+
+import ressl_fastai
+
+root = Path(__file__).resolve().parent.parent
+
+def _git(*args): return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True).stdout.strip()
+
+def _cpu():
+    "Name of the processor and what of it speeds up half precision (Linux)"
+    try: info = Path('/proc/cpuinfo').read_text()
+    except OSError: return platform.processor() or platform.machine()
+    name = next((l.split(':')[1].strip() for l in info.splitlines() if l.startswith('model name')), platform.machine())
+    return ' '.join([name] + [f for f in ('avx512_bf16', 'amx_bf16') if f in info])
+
+def receipt(benchmark, seed=None, **measured):
+    "Append a line to results/`benchmark`.jsonl, print it, and return it"
+    line = dict(benchmark=benchmark, date=str(date.today()), command=' '.join([f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]), seed=seed,
+        commit=_git('rev-parse', '--short', 'HEAD'), changed=bool(_git('diff', '--name-only', 'HEAD', '--', 'ressl_fastai', ':!ressl_fastai/_modidx.py')),
+        versions=dict(ressl_fastai=ressl_fastai.__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
+                      python=platform.python_version()),
+        device='cpu', cpu=_cpu(), cpus=os.cpu_count(), threads=torch.get_num_threads(), **measured)
+    with (root/'benchmarks'/'results'/f'{benchmark}.jsonl').open('a') as f: f.write(json.dumps(line)+'\n')
+    print(json.dumps(line), flush=True)
+    return line
+
+def fashion_mnist(n_train=10_000, n_valid=10_000, size=28, folder=Path('/usr/share/datasets/fashion-mnist')):
+    "The first images of Fashion-MNIST's training and test sets, (n, size, size) uint8, and their labels; Debian's dataset-fashion-mnist"
+    if not folder.exists(): raise FileNotFoundError(f"{folder} is missing: apt-get install dataset-fashion-mnist")
+    def read(nm, offset): return np.frombuffer(gzip.open(folder/nm).read(), np.uint8, offset=offset)
+    def ims(part, n): return np.stack([resized(o, size) for o in read(f'{part}-images-idx3-ubyte.gz', 16).reshape(-1,28,28)[:n]])
+    def ys(part, n): return read(f'{part}-labels-idx1-ubyte.gz', 8)[:n].astype(np.int64)
+    return ims('train', n_train),ys('train', n_train),ims('t10k', n_valid),ys('t10k', n_valid)
+
+def resized(im, size): return im if im.shape[:2]==(size,size) else np.asarray(Image.fromarray(im).resize((size,size), Image.BILINEAR))
+
+def emoji(vendor, size=32, folder=Path(os.environ.get('EMOJI', '/tmp/emoji'))):
+    """The pictures of one vendor ('twitter' or 'google') on white, (n, size, size, 3) uint8, their categories and names; npm's emoji-datasource-VENDOR:
+
+    npm install --prefix /tmp/emoji emoji-datasource-twitter emoji-datasource-google"""
+    pkg = folder/'node_modules'/f'emoji-datasource-{vendor}'
+    if not pkg.exists(): raise FileNotFoundError(f"{pkg} is missing: npm install --prefix {folder} emoji-datasource-{vendor}")
+    variants = ((v, o['category']) for o in json.loads((pkg/'emoji.json').read_text()) for v in (o, *o.get('skin_variations', {}).values()))
+    found = [(pkg/'img'/vendor/'64'/v['image'], category, v['unified']) for v,category in variants if v.get(f'has_img_{vendor}')]
+    def picture(f):
+        im = Image.open(f).convert('RGBA')
+        return np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB').resize((size,size), Image.BILINEAR))
+    return np.stack([picture(f) for f,_,_ in found]),np.array([c for _,c,_ in found]),np.array([u for _,_,u in found])
