@@ -39,6 +39,7 @@ from . import __version__, views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
+from .health import Guard
 from .models import ReSSLModel, body_stem, create_encoder, set_stem
 from .views import clean_dl
 
@@ -122,6 +123,7 @@ def ressl_learner(
     batch_norm:str='plain', # Batch norms of the model: 'plain', 'split' (with the teacher's batch shuffled) or 'sync'; see `set_batch_norm`
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
+    guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
     opt_func=Adam, # Optimizer function
     cbs=None, # Callbacks beside `ReSSL`
     **kwargs
@@ -140,7 +142,7 @@ def ressl_learner(
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    learn = Learner(dls, model, loss_func=embedding_loss, opt_func=opt_func, metrics=metrics, cbs=L(ressl)+L(cbs), **kwargs)
+    learn = Learner(dls, model, loss_func=embedding_loss, opt_func=opt_func, metrics=metrics, cbs=L(ressl)+L(Guard() if guard else None)+L(cbs), **kwargs)
     if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
     return learn
 
