@@ -117,8 +117,9 @@ class ReSSL(Callback):
         "Check the model; drop what an interrupted fit may have left"
         if not isinstance(self.net, ReSSLModel):
             raise ValueError(f"ReSSL trains a ReSSLModel, learn.model is a {type(self.net).__name__}: use ressl_learner")
-        self._restore_loss()
+        self.restore_loss()
         self._reset()
+        if self.learn.opt is not None: self.learn.opt.zero_grad()
 
     def before_train(self):
         "Train on images without other augmentation; fill an empty queue with teacher embeddings of real images"
@@ -137,7 +138,8 @@ class ReSSL(Callback):
             queue.enqueue(self._teach(self._view(x, self.weak_tfms)))
             if queue.count==queue.size: return
 
-    def _teach(self, x): return shuffled(self.net.teacher, x) if self.shuffle and self.training else self.net.teacher(x)
+    def _teach(self, x):
+        with self.net.autocast(x): return shuffled(self.net.teacher, x) if self.shuffle and self.training else self.net.teacher(x)
 
     def _view(self, x, tfms):
         if not self.checked: check_images(x); self.checked = True
@@ -161,7 +163,7 @@ class ReSSL(Callback):
 
     def _loss(self, pred, *yb):
         "Puts the learner's own loss back before it computes, so that no error or interrupt can leave it swapped"
-        self._restore_loss()
+        self.restore_loss()
         queue = self.net.queue.filled
         reduction = 'none' if hasattr(self.learn, 'gather_preds') else 'mean'
         if len(queue)==0: return pred.new_full((len(pred),) if reduction=='none' else (), torch.nan)  # validation before any training
@@ -186,10 +188,11 @@ class ReSSL(Callback):
         self.keys = []
 
     def after_fit(self):
-        self._restore_loss()
+        self.restore_loss()
         self._reset()
 
-    def _restore_loss(self):
+    def restore_loss(self):
+        "The learner's own loss, if the relational one stands in its place"
         if self.old_loss is not None: self.learn.loss_func,self.old_loss = self.old_loss,None
 
     @property
