@@ -92,7 +92,7 @@ def _finite(m): return all(p.isfinite().all() for p in m.parameters())
 
 def _why_nan(learn, net, z_teacher):
     "What is not finite, from the input on"
-    if not all(x.isfinite().all() for x in learn.xb): return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
+    if not all(x.isfinite().all() for x in (*learn.xb, learn.ressl.x_teacher)): return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
     for nm,m in (('student',nn.Sequential(net.student, net.predictor)), ('teacher',net.teacher)):
         if not _finite(m): return f"The weights of the {nm} are not finite: load an earlier checkpoint and go on with a lower learning rate, or with GradientClip."
     if not net.queue.feats.isfinite().all(): return "The queue holds embeddings that are not finite: `learn.model.queue.count.zero_()` has it filled anew at the next fit."
@@ -288,5 +288,5 @@ def plot(self:HealthMonitor,
         ax.plot([o[nm] for o in self.history], marker='.', label=label)
         ax.set_title(nm, fontsize='small')
     for ax in axs[4:]: ax.set_xlabel('epoch')
-    if label: axs[0].legend(fontsize='small')
+    if label: axs[-1].legend(fontsize='small')
     return axs
