@@ -1,5 +1,5 @@
-"""What watching costs: seconds of a training step without and with `Guard`, and of an epoch without and with `HealthMonitor`, in turns in one process.
-One JSON line in results/health.jsonl.
+"""What watching costs: processor seconds of training without, with `Guard` as it is by default, and with `HealthMonitor`, in turns in one process.
+One JSON line in results/health.jsonl. Processor time of one thread, not time on the clock: other work on the machine does not count.
 
     .venv/bin/python benchmarks/health.py
 """
@@ -16,34 +16,31 @@ from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 
 torch.set_num_threads(1)
+
 class Clock(Callback):
-    "Seconds of every training step, all callbacks included"
+    "Processor seconds of the training part of an epoch"
     order = -200
-    def before_fit(self): self.last,self.steps = None,[]
-    def before_batch(self):
-        if not self.training: return
-        now = time.perf_counter()
-        if self.last is not None: self.steps.append(now-self.last)
-        self.last = now
-    def after_train(self): self.last = None
+    def before_train(self): self.start = time.process_time()
+    def after_train(self): self.train = time.process_time()-self.start
 
 def epoch(learn, cbs):
-    "Seconds of one epoch, and mean seconds of its training steps"
-    clock,start = Clock(),time.perf_counter()
+    "Processor seconds of an epoch: its training, and all of it"
+    clock,start = Clock(),time.process_time()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, *cbs])
-    return time.perf_counter()-start,statistics.mean(clock.steps)
+    return clock.train,time.process_time()-start
 
-def main(n=8):
+def show(vals): return dict(median=round(statistics.median(vals), 4), min=round(min(vals), 4), max=round(max(vals), 4))
+
+def main(n=5):
     set_seed(0)
-    learn = ressl_learner(digits_dls(16, bs=64), partial(small_resnet, widen=0.25), metrics=[], guard=False)
-    cases,res = dict(none=lambda: [], guard=lambda: [Guard(every=20)], monitor=lambda: [HealthMonitor()]),{}
+    learn = ressl_learner(digits_dls(8, bs=28), partial(small_resnet, widen=0.25), metrics=[], guard=False)
+    cases,res = dict(none=lambda: [], guard=lambda: [Guard()], monitor=lambda: [HealthMonitor()]),{}
     for i in range(n+1):
         for nm,cbs in cases.items():
-            o = epoch(learn, cbs())
-            if i: res.setdefault(nm, []).append(o)
-    def ratio(nm, j): return [a[j]/b[j] for a,b in zip(res[nm], res['none'])]
-    def show(vals): return dict(median=round(statistics.median(vals), 4), min=round(min(vals), 4), max=round(max(vals), 4))
-    receipt('health', 0, data='digits 16 px, bs 64, 22 steps and 360 validation images', repeats=n, ms_per_step=round(1e3*statistics.median(o[1] for o in res['none']), 2),
-            guard_step=show(ratio('guard', 1)), monitor_epoch=show(ratio('monitor', 0)))
+            seconds = epoch(learn, cbs())
+            if i: res.setdefault(nm, []).append(seconds)   # the first round warms up
+    def ratio(nm, part): return show([a[part]/b[part] for a,b in zip(res[nm], res['none'])])
+    receipt('health', 0, data='digits, 8 pixels, bs 28: 51 steps, 360 validation images', n_looks=1, repeats=n,
+            train_seconds=show([o[0] for o in res['none']]), guard_train=ratio('guard', 0), monitor_epoch=ratio('monitor', 1))
 
 if __name__=='__main__': main()
