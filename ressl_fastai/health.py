@@ -92,20 +92,20 @@ def _finite(m): return all(p.isfinite().all() for p in m.parameters())
 
 def _why_nan(learn, net, z_teacher):
     "What is not finite, from the input on"
-    if not all(x.isfinite().all() for x in learn.xb): return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
-    if not net.queue.feats.isfinite().all(): return "The queue holds embeddings that are not finite, perhaps from a file that was loaded: start with a new learner, or load an earlier checkpoint."
+    if not all(x.isfinite().all() for x in (*learn.xb, learn.ressl.x_teacher)): return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
     for nm,m in (('student',nn.Sequential(net.student, net.predictor)), ('teacher',net.teacher)):
         if not _finite(m): return f"The weights of the {nm} are not finite: load an earlier checkpoint and go on with a lower learning rate, or with GradientClip."
+    if not net.queue.feats.isfinite().all(): return "The queue holds embeddings that are not finite: `learn.model.queue.count.zero_()` has it filled anew at the next fit."
     if not z_teacher.isfinite().all(): return "The network overflows in the teacher: try to_bf16 or to_fp32 in place of to_fp16, or a lower learning rate."
     return "The network overflows in the student: try a lower learning rate, GradientClip, or to_bf16 or to_fp32 in place of to_fp16."
 
 _words = dict(
     collapse="all images get almost the same embedding (feature_std {std:.3f}, 1 is healthy; effective rank {rank:.1f} of {most}). Try a lower learning rate, a teacher_temp well below "
         "student_temp, projector_bn=True, a teacher_momentum nearer 1, or InfoNCEWarmup. A collapsed network does not recover: start again, or from an earlier checkpoint.",
-    uniform="the loss stays at ln K = {ln_k:.2f}, and teacher and student relate every image to all {K} images of the queue alike: there is nothing to learn from. Try a lower teacher_temp, "
-        "InfoNCEWarmup, or a lower learning rate.",
     equal="all embeddings in the queue are the same although the batch's differ: the queue is dead. Something beside ReSSL wrote to it, or a file was loaded into it: "
-        "set `learn.model.queue.count.zero_()` and train on, and it is filled anew.",
+        "`learn.model.queue.count.zero_()` has it filled anew at the next fit.",
+    uniform="the teacher relates every image to all {K} images of the queue alike (the loss is {loss:.2f}, ln K is {ln_k:.2f}): its target says nothing. Try a lower teacher_temp, "
+        "InfoNCEWarmup, or a lower learning rate.",
     stale="no embedding has joined the queue for {n} steps, so teacher and queue stand still. Usually the optimizer's steps are skipped, by an overflow of fp16 at each step: "
         "try to_bf16 or to_fp32, or a lower learning rate.")
 
@@ -177,10 +177,12 @@ def _look(self:Guard):
     K,temp = len(queue),_value(ressl.teacher_temp, ressl.progress)
     newest = queue[(get_model(self.learn.model).queue.ptr - 1 - torch.arange(min(K, 8), device=queue.device))%K]
     std,rank = max(map(feature_std, (zt, zs))).item(),max(map(effective_rank, (zt, zs))).item()
-    used = min(effective_neighbors(z, queue, t).mean().item() for z,t in ((zt,temp), (zs,ressl.student_temp)))/K
-    signs = dict(collapse=std<0.03 or rank<1.1, uniform=used>0.995, equal=feature_std(queue)<1e-3, stale=self.newest is not None and torch.equal(newest, self.newest))
+    used = effective_neighbors(zt, queue, temp).mean().item()/K
+    plain = not (ressl.warmup and ressl.warmup(ressl.progress, self.learn.n_epoch))  # InfoNCE needs no relations
+    signs = dict(collapse=rank<1.1 or (rank<min(3, 1+min(zt.shape)/16) and std<0.2), equal=feature_std(queue)<1e-3, uniform=plain and used>0.998,
+                 stale=self.newest is not None and torch.equal(newest, self.newest))
     self.newest = newest
-    return signs,dict(std=std, rank=rank, most=min(zt.shape), ln_k=math.log(K), K=K, n=self.every*self.patience)
+    return signs,dict(std=std, rank=rank, most=min(zt.shape), loss=self.learn.loss.item(), ln_k=math.log(K), K=K, n=self.every*self.patience)
 
 # %% ../nbs/05b_health.ipynb #h29mon
 class HealthMonitor(Callback):
@@ -286,5 +288,5 @@ def plot(self:HealthMonitor,
         ax.plot([o[nm] for o in self.history], marker='.', label=label)
         ax.set_title(nm, fontsize='small')
     for ax in axs[4:]: ax.set_xlabel('epoch')
-    if label: axs[0].legend(fontsize='small')
+    if label: axs[-1].legend(fontsize='small')
     return axs
