@@ -3,6 +3,7 @@
 - `ressl_fastai.batch_norm`: Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
 - `ressl_fastai.cli`: `ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
+- `ressl_fastai.cli_evaluate`: `ressl_evaluate ENCODER DATA`: how good an encoder is on a labelled folder, from the shell.
 - `ressl_fastai.data`: Real images that need no download: scikit-learn's handwritten digits as fastai `DataLoaders`.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.

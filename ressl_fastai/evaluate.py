@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.load import DataLoader
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model, no_random
 from fastcore.basics import ifnone, store_attr
@@ -33,6 +34,14 @@ from .views import clean_dl
 # %% ../nbs/06_evaluate.ipynb #19f87180
 def _zero_loss(pred, *yb, reduction='mean'): return pred.new_zeros(len(pred) if reduction=='none' else ())
 
+def _stats(dl): return [torch.cat([f.mean.flatten(), f.std.flatten()]).cpu() for f in getattr(dl.after_batch, 'fs', []) if isinstance(f, Normalize)]
+
+def _check_normalize(dl, own):
+    "Refuse images that are not normalised as those the encoder was trained on: its features would be wrong without a sign of it"
+    got,want = _stats(dl),_stats(own)
+    if len(got)!=len(want) or not all(len(a)==len(b) and torch.allclose(a, b, atol=1e-4) for a,b in zip(got, want)): raise ValueError(
+        f"dl must have the Normalize of the learner's own dls, mean and std {[o.tolist() for o in want]}, got {[o.tolist() for o in got]}")
+
 def _part(model, teacher, projected):
     "The network that gives the features asked for"
     net = model.teacher if teacher else model.student
@@ -45,11 +54,12 @@ def embed(
     projected:bool=False # After the projector, with unit length, instead of before it
 ) -> tuple: # (n, nf) features, or (n, dim) after the projector, in the order of `dl`'s items, and their targets, None without any
     "Features of clean (unaugmented, normalised) images; changes nothing about `learn`, nor the random state"
-    net = _part(get_model(learn.model), teacher, projected)
+    net,dl = _part(get_model(learn.model), teacher, projected),learn.dls.valid if dl is None else dl
+    _check_normalize(dl, learn.dls.valid)
     modes = [(m,m.training) for m in net.modules()]
     probe = Learner(learn.dls, net, loss_func=_zero_loss)
     try:
-        with no_random(), probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(learn.dls.valid if dl is None else dl))
+        with no_random(), probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
     finally:
         for m,mode in modes: m.training = mode
     return x.float(),None if y is None or len(y)==0 else y
