@@ -3,10 +3,12 @@
 - `ressl_fastai.batch_norm`: Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
 - `ressl_fastai.cli`: `ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
+- `ressl_fastai.cli_evaluate`: `ressl_evaluate ENCODER DATA`: how good an encoder is on a labelled folder, from the shell.
 - `ressl_fastai.data`: Real images that need no download: scikit-learn's handwritten digits as fastai `DataLoaders`.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
 - `ressl_fastai.health`: Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
+- `ressl_fastai.label_efficiency`: How many labels does pretraining save? Accuracy by number of labelled images, with the baselines it must beat.
 - `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone, and hands the encoder over.
 - `ressl_fastai.losses`: The relational loss of ReSSL: the student reproduces how the teacher relates an image to a queue of other images.
 - `ressl_fastai.models`: An encoder from any architecture, a projector, an optional predictor, the teacher and the queue in one module.

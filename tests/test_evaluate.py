@@ -140,10 +140,10 @@ def test_sgd_is_the_papers(protocol):
         assert abs(wrong[0]-want[0]).max()>1e-3  # controls: no Nesterov, no schedule
 
 def test_sgd_headline_is_the_last_epoch():
-    (x,y),(vx,vy) = clusters(210, 0),clusters(140, 1)
-    got = linear_accuracy(x, y, vx, vy, 'step', n_epoch=5)
-    torch.manual_seed(0)
-    nets = [(net.weight.clone(),net.bias.clone()) for net in _sgd_epochs(x, y, 7, 'step', None, 5, 0)]
+    (x,y),(vx,vy) = clusters(300, 0),clusters(140, 1)
+    x,vx = (x-x.mean(0))/x.std(0),(vx-x.mean(0))/x.std(0)
+    got = linear_accuracy(x, y, vx, vy, 'step', n_epoch=8)
+    nets = [(net.weight.clone(),net.bias.clone()) for net in _sgd_epochs(x, y, 7, 'step', None, 8, 0)]
     scores = [(vx@w.T+b).detach() for w,b in nets]
     tops = [(s.argmax(1)==vy).float().mean().item() for s in scores]
     assert got['top1']==tops[-1] and got['best']==max(tops) and max(tops)>tops[-1]
@@ -170,7 +170,7 @@ def other_dls(block, get_y):
     ims = (np.random.RandomState(0).rand(40, 8, 8)*255).astype(np.uint8)
     return DataBlock((ImageBlock(PILImageBW), block), get_x=ims.__getitem__, get_y=get_y, splitter=IndexSplitter(range(30, 40))).dataloaders(range(40), bs=8, num_workers=0)
 
-@pytest.mark.parametrize('block,get_y', [(MultiCategoryBlock, lambda i: ['a','b'] if i%2 else ['b']), (RegressionBlock, float)], ids=['multi-label','regression'])
+@pytest.mark.parametrize('block,get_y', [(MultiCategoryBlock, lambda i: ['a','b'] if i%2 else ['b']), (RegressionBlock, lambda i: i+0.5)], ids=['multi-label','regression'])
 def test_other_targets_are_refused_in_words(block, get_y):
     learn = make(other_dls(block(), get_y), queue_size=16)
     with pytest.raises(ValueError, match='train_y must hold one category per image'): linear_probe(learn)
