@@ -8,6 +8,7 @@ from ressl_fastai.evaluate import *
 from ressl_fastai.feature_queue import *
 from ressl_fastai.health import *
 from ressl_fastai.label_efficiency import *
+from ressl_fastai.interpret import *
 from ressl_fastai.learner import *
 from ressl_fastai.losses import *
 from ressl_fastai.models import *
