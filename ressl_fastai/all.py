@@ -14,6 +14,7 @@ from ressl_fastai.losses import *
 from ressl_fastai.models import *
 from ressl_fastai.precision import *
 from ressl_fastai.recipes import *
+from ressl_fastai.report import *
 from ressl_fastai.teacher import *
 from ressl_fastai.views import *
 from ressl_fastai.weights import *
