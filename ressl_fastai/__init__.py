@@ -6,9 +6,11 @@
 - `ressl_fastai.data`: Real images that need no download: scikit-learn's handwritten digits as fastai `DataLoaders`.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images and their weighted nearest-neighbour accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
+- `ressl_fastai.images`: Files as they are found: unreadable ones named or left out, 16-bit pixels not cut off.
 - `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone, and hands the encoder over.
 - `ressl_fastai.losses`: The relational loss of ReSSL: the student reproduces how the teacher relates an image to a queue of other images.
 - `ressl_fastai.models`: An encoder from any architecture, a projector, an optional predictor, the teacher and the queue in one module.
+- `ressl_fastai.precision`: bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.teacher`: The teacher: an exponential moving average of the student that no gradient reaches.
 - `ressl_fastai.views`: Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
