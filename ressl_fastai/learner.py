@@ -46,6 +46,7 @@ from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
 from .images import naming_bad_file
+from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
 from .precision import Precision, choose_precision
 from .views import clean_dl
@@ -221,6 +222,7 @@ def ressl_learner(
     batch_norm:str='plain', # Batch norms of the model: 'plain', 'split' (with the teacher's batch shuffled) or 'sync'; see `set_batch_norm`
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
+    guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
     opt_func=Adam, # Optimizer function
     precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto', bfloat16 where it pays; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
@@ -242,7 +244,7 @@ def ressl_learner(
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, Precision(*choose_precision(precision, channels_last, dls.device or 'cpu', size)))+L(cbs)
+    cbs = L(ressl, Precision(*choose_precision(precision, channels_last, dls.device or 'cpu', size)))+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
     if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
     return learn
