@@ -2,6 +2,7 @@
 
 - `ressl_fastai.batch_norm`: Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
+- `ressl_fastai.checkpoint`: `Checkpoint('run')`: after a crash the same line goes on where the training was, bit for bit.
 - `ressl_fastai.cli`: `ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
 - `ressl_fastai.cli_evaluate`: `ressl_evaluate ENCODER DATA`: how good an encoder is on a labelled folder, from the shell.
 - `ressl_fastai.data`: Real images that need no download: scikit-learn's handwritten digits as fastai `DataLoaders`.

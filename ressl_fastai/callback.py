@@ -61,7 +61,7 @@ class InfoNCEWarmup:
         temp:float=None, # Temperature of the InfoNCE loss, > 0; default: the student's
         fraction:bool=False # Whether `hold` and `ramp` are shares of the training instead of epochs
     ):
-        if hold<0 or ramp<0 or (fraction and hold+ramp>1):
+        if not (hold>=0 and ramp>=0) or (fraction and hold+ramp>1):
             raise ValueError(f"hold and ramp must be at least 0{' and at most 1 together' if fraction else ''}, got {hold} and {ramp}")
         if shape not in ('linear','cosine','step'): raise ValueError(f"shape must be 'linear', 'cosine' or 'step', got {shape!r}")
         if shape=='step' and ramp: raise ValueError(f"shape='step' needs ramp=0, got {ramp}")

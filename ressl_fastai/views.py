@@ -43,7 +43,7 @@ def crop_boxes(
     hs,ws = (area/aspect).sqrt().round(),(area*aspect).sqrt().round()
     fits = (hs>0) & (hs<=h) & (ws>0) & (ws<=w)
     first = fits.int().argmax(1, keepdim=True)
-    fallback_h,fallback_w = min(h, round(w/ratio[0])),min(w, round(h*ratio[1]))
+    fallback_h,fallback_w = min(h, max(1, round(w/ratio[0]))),min(w, max(1, round(h*ratio[1])))
     ok = fits.any(1)
     hs,ws = (torch.where(ok, o.gather(1, first)[:,0], f) for o,f in ((hs,fallback_h), (ws,fallback_w)))
     top,left = (torch.where(ok, (torch.rand(bs, device=device)*(n-o+1)).floor(), ((n-o)/2).floor()) for n,o in ((h,hs), (w,ws)))
@@ -145,7 +145,7 @@ class RandomView:
             if not 0<lo<=hi or (nm=='scale' and hi>1): raise ValueError(f"{nm} must be (low, high) with 0 < low <= high{' <= 1' if nm=='scale' else ''}, got {(lo,hi)}")
         for nm in ('flip_p','jitter_p','gray_p','blur_p'):
             if not 0<=getattr(self, nm)<=1: raise ValueError(f"{nm} must be a probability between 0 and 1, got {getattr(self, nm)}")
-        if len(self.jitter)!=4 or min(self.jitter)<0 or self.jitter[3]>0.5:
+        if len(self.jitter)!=4 or not (all(o>=0 for o in self.jitter) and self.jitter[3]<=0.5):
             raise ValueError(f"jitter must be (brightness, contrast, saturation, hue), none negative and hue at most 0.5, got {self.jitter}")
 
     def __repr__(self):
