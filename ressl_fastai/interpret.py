@@ -5,7 +5,7 @@ An encoder that was trained without labels gives no accuracy to trust, but it ca
 `suggest_labels` says which images to label first (TypiClust, 2202.02794).
 
 All take a learner and, as `dl`, any part of its `DataLoaders`; images are seen as validation sees them, and nothing about the learner changes. What
-they return are data frames with the position of an image in `dl` (`index`) and its item there (`path`: a file, or whatever `dl` was made from).
+they return are data frames with the position of an image in `dl` (`index`) and its item there (`path`: a file, or whatever `dl` was made from; rows of a data frame keep their own columns).
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/interpret.html.md"""
 
