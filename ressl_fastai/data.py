@@ -26,7 +26,7 @@ from fastai.data.transforms import IndexSplitter, IntToFloatTensor, RandomSplitt
 from fastai.torch_core import TensorImage
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
-from fastcore.basics import store_attr
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Pipeline, compose_tfms
 from PIL import Image
@@ -141,8 +141,12 @@ def _file(tl, item):
     return [str(path), stat.st_mtime_ns, stat.st_size]
 
 def _manifest(dls):
-    "Everything that decides what the decoded images are"
-    return json.dumps([[str([*dl.dataset.tls[0].tfms.fs, *dl.after_item.fs]), [_file(dl.dataset.tls[0], o) for o in dl.items]] for dl in dls if len(dl.dataset)])
+    "Everything that decides what the decoded images are: the transforms, the kind of image, the files"
+    def one(dl):
+        tl,im = dl.dataset.tls[0],dl.do_item(0)[0]
+        items = L(tl.items, use_list=None)
+        return [str([*tl.tfms.fs, *dl.after_item.fs]), type(im).__name__, list(im.shape), [_file(tl, items[i]) for i in range(len(tl))]]
+    return json.dumps([one(dl) for dl in dls if len(dl.dataset)])
 
 # %% ../nbs/10_data.ipynb #a0d10022
 def _decode(dls, file, num_workers):
