@@ -1,5 +1,5 @@
 """What watching costs: the share of a training's processor time that is spent inside `Guard`, as it is by default, and inside `HealthMonitor`.
-One JSON line in results/health.jsonl. Time on the clock with and without them differs by less than it does from run to run.
+One JSON line in results/health.jsonl.
 
     .venv/bin/python benchmarks/health.py
 """
