@@ -233,7 +233,7 @@ def plot_embeddings(
     "A map of the features, coloured by class if `dl` has classes"
     dl,x,y = _features(learn, **kwargs)
     if dl.n<3: raise ValueError(f"dl must hold at least 3 images, got {dl.n}")
-    if ax is None: ax = plt.subplots(figsize=(3,2.6))[1]
+    if ax is None: ax = plt.subplots(figsize=(4,3))[1]
     idxs = _spread(n, dl.n)
     xy = _project(x[idxs], method, seed)
     _scatter(ax, xy, None if y is None else y[idxs], dl)
