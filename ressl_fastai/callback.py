@@ -117,14 +117,16 @@ class ReSSL(Callback):
         "Check the model; drop what an interrupted fit may have left"
         if not isinstance(self.net, ReSSLModel):
             raise ValueError(f"ReSSL trains a ReSSLModel, learn.model is a {type(self.net).__name__}: use ressl_learner")
-        self._restore_loss()
+        self.restore_loss()
         self._reset()
+        if self.learn.opt is not None: self.learn.opt.zero_grad()
 
     def before_train(self):
         "Train on images without other augmentation; fill an empty queue with teacher embeddings of real images"
         if self.train_dl is None:
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
-            self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last)
+            # a last batch of one image has no variance for batch norm
+            self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last or dl.n%dl.bs==1)
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()
@@ -134,13 +136,18 @@ class ReSSL(Callback):
         queue = self.net.queue
         for b in self.train_dl:
             x = to_device(b[0] if isinstance(b, (tuple,list)) else b, queue.feats.device)
+            self._check(x)
             queue.enqueue(self._teach(self._view(x, self.weak_tfms)))
             if queue.count==queue.size: return
 
-    def _teach(self, x): return shuffled(self.net.teacher, x) if self.shuffle and self.training else self.net.teacher(x)
+    def _teach(self, x):
+        with self.net.autocast(x): return shuffled(self.net.teacher, x) if self.shuffle and self.training else self.net.teacher(x)
+
+    def _check(self, x):
+        "Every batch on the CPU; elsewhere the first, since looking at values makes a GPU wait"
+        if not self.checked or x.device.type=='cpu': check_images(x); self.checked = True
 
     def _view(self, x, tfms):
-        if not self.checked: check_images(x); self.checked = True
         x = tfms(x.as_subclass(Tensor))
         return x if self.normalize is None else self.normalize.encodes(x.as_subclass(TensorImage)).as_subclass(Tensor)
 
@@ -148,6 +155,7 @@ class ReSSL(Callback):
         "Strong views for the student; weak views are kept for the teacher"
         x = self.x_teacher = self.learn.xb[0]
         if not self.training: return
+        self._check(x)
         self.learn.xb = tuple(self._view(x, tfms) for tfms in listify(self.strong_tfms))
         self.x_teacher = self._view(x, self.weak_tfms)
 
@@ -161,7 +169,7 @@ class ReSSL(Callback):
 
     def _loss(self, pred, *yb):
         "Puts the learner's own loss back before it computes, so that no error or interrupt can leave it swapped"
-        self._restore_loss()
+        self.restore_loss()
         queue = self.net.queue.filled
         reduction = 'none' if hasattr(self.learn, 'gather_preds') else 'mean'
         if len(queue)==0: return pred.new_full((len(pred),) if reduction=='none' else (), torch.nan)  # validation before any training
@@ -186,10 +194,11 @@ class ReSSL(Callback):
         self.keys = []
 
     def after_fit(self):
-        self._restore_loss()
+        self.restore_loss()
         self._reset()
 
-    def _restore_loss(self):
+    def restore_loss(self):
+        "The learner's own loss, if the relational one stands in its place"
         if self.old_loss is not None: self.learn.loss_func,self.old_loss = self.old_loss,None
 
     @property

@@ -10,10 +10,11 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/models.html.md"""
 
 # %% auto #0
 __all__ = ['stems', 'small_resnet', 'get_arch', 'body_stem', 'set_stem', 'Encoder', 'create_encoder', 'create_mlp', 'L2Norm',
-           'ReSSLModel']
+           'Embedder', 'ReSSLModel']
 
 # %% ../nbs/04_models.ipynb #cbe3cad9
 import inspect
+from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import partial
 
@@ -218,8 +219,30 @@ class L2Norm(nn.Module):
     "Rows of unit length, in float32 or better"
     def forward(self, x): return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
+# %% ../nbs/04_models.ipynb #e4a40001
+class Embedder(nn.Module):
+    "What is left after training: encoder, projector and predictor"
+    half_dtype = None  # what autocast computes a training step in; None is float32
+    def __init__(self,
+        encoder:nn.Module, # Images to features (bs, nf)
+        projector:nn.Module, # Features to embeddings (bs, dim)
+        predictor:nn.Module # Embeddings to embeddings
+    ):
+        super().__init__()
+        self.encoder,self.projector,self.predictor,self.norm = encoder,projector,predictor,L2Norm()
+
+    def encode(self, x): return self.encoder(x)
+
+    def forward(self, *xs):
+        with self.autocast(xs[0]): return torch.cat([self.norm(self.predictor(self.projector(self.encoder(x)))) for x in xs])
+
+    def autocast(self, x):
+        "Autocast on the device of `x`, in training alone: what is measured and kept is computed in float32"
+        return torch.autocast(x.device.type, self.half_dtype) if self.training and self.half_dtype else nullcontext()
+
+
 # %% ../nbs/04_models.ipynb #e4e4153b
-class ReSSLModel(nn.Module):
+class ReSSLModel(Embedder):
     "Student (encoder, projector, predictor), teacher and queue"
     def __init__(self,
         encoder:nn.Module, # Images to features (bs, nf), with the width as attribute `nf`
@@ -233,19 +256,16 @@ class ReSSLModel(nn.Module):
         predictor_bn:bool=True, # Batch norm in the predictor
         queue_dtype:torch.dtype=torch.float32 # What the queue stores; `torch.bfloat16` halves its memory
     ):
-        super().__init__()
-        self.encoder = encoder
-        self.projector = create_mlp(encoder.nf, n_hidden, dim, projector_layers, projector_bn)
-        self.predictor = create_mlp(dim, ifnone(predictor_hidden, n_hidden), dim, predictor_layers, predictor_bn)
-        self.norm = L2Norm()
-        self.teacher = make_teacher(nn.Sequential(encoder, self.projector, self.norm))
+        projector = create_mlp(encoder.nf, n_hidden, dim, projector_layers, projector_bn)
+        super().__init__(encoder, projector, create_mlp(dim, ifnone(predictor_hidden, n_hidden), dim, predictor_layers, predictor_bn))
+        self.teacher = make_teacher(self.student)
         self.queue = FeatureQueue(queue_size, dim, queue_dtype)
 
     @property
     def student(self): return nn.Sequential(self.encoder, self.projector, self.norm)
 
-    def encode(self, x): return self.encoder(x)
-    def forward(self, *xs): return torch.cat([self.norm(self.predictor(self.projector(self.encoder(x)))) for x in xs])
+    @property
+    def embedder(self): return Embedder(self.encoder, self.projector, self.predictor)
 
     def train(self, mode=True):
         super().train(mode)

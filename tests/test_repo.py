@@ -147,3 +147,22 @@ def test_wheel_holds_only_the_package(tmp_path):
 
     assert foreign(['nbs/00_losses.ipynb', 'tests/test_repo.py', f'{lib}/digits.npz', f'{lib}/a.py']) == \
         ['nbs/00_losses.ipynb', 'tests/test_repo.py', f'{lib}/digits.npz']
+
+
+def named_tests(text): return set(re.findall(r'`(test_\w+::test_\w+)`', text))
+
+def existing_tests(files): return {f'{name}::{t}' for name,source in files.items() for t in re.findall(r'^def (test_\w+)', source, flags=re.M)}
+
+def unspoken_defects(text, n=38): return [f'D{i}' for i in range(1, n+1) if not re.search(rf'\bD{i}\b', text)]
+
+def test_what_can_go_wrong_names_tests_that_exist():
+    cells = json.loads((root/'nbs'/'explanations'/'what_can_go_wrong.ipynb').read_text(encoding='utf-8'))['cells']
+    text = '\n'.join(''.join(c['source']) for c in cells)
+    there = existing_tests({p.stem: p.read_text(encoding='utf-8') for p in (root/'tests').glob('test_*.py')})
+    assert named_tests(text) - there == set() and len(named_tests(text)) > 30
+    assert unspoken_defects(text) == []
+    rows = [l for l in text.splitlines() if l.startswith('|') and not l.startswith(('|---', '| what can'))]
+    assert [l for l in rows if not named_tests(l)] == []  # no row without a test
+
+    assert named_tests('`test_a::test_b`, `test_c`') - existing_tests({'test_a': 'def test_c(): ...'}) == {'test_a::test_b'}
+    assert unspoken_defects('D1, D3 (D12)', n=3) == ['D2']

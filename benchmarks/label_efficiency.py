@@ -1,0 +1,103 @@
+"""How many labels does pretraining save? Fashion-MNIST, and emoji pictures of two vendors; one JSON line per run in results/label_efficiency.jsonl.
+
+    .venv/bin/python benchmarks/label_efficiency.py emoji      # needs two npm packages, see common.py
+    .venv/bin/python benchmarks/label_efficiency.py fashion    # needs Debian's dataset-fashion-mnist
+
+emoji: pretrained on the 7,572 pictures of both vendors at 32 pixels, without labels; then labels for one vendor's pictures, tested on the other's, both ways. The nine
+categories are those with more than five pictures. fashion: pretrained on the first 10,000 training images at 28 pixels, tested on the first 2,000 test images.
+Encoders are kept in /tmp/label_efficiency (or $ENCODERS):
+a run that is repeated takes them from there. Few cores: --seeds 0 --labels 10 is the shortest.
+"""
+import json, os, sys, time
+from pathlib import Path
+
+import numpy as np, torch
+from fastai.vision.all import (Callback, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, MixedPrecision, PILImage, PILImageBW, aug_transforms,
+    set_seed)
+from fastcore.script import call_parse
+
+from common import emoji, fashion_mnist, receipt
+from ressl_fastai.cli_evaluate import encoder_learner
+from ressl_fastai.evaluate import embed, knn_accuracy, linear_accuracy
+from ressl_fastai.label_efficiency import label_efficiency, label_rows, pixel_features
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.models import small_resnet
+from ressl_fastai.views import strong_tfms, weak_tfms
+
+folder = Path(os.environ.get('ENCODERS', '/tmp/label_efficiency'))
+settings = dict(
+    emoji=dict(size=32, epochs=20, lr=2e-3, scale=(0.3,1.), flip_p=0.5, jitter=(0.4,0.4,0.2,0.05), gray_p=0., blur_p=0.2),
+    fashion=dict(size=28, epochs=15, lr=2e-3, scale=(0.4,1.), flip_p=0.5, jitter=(0.4,0.4,0.,0.), gray_p=0., blur_p=0.2))
+
+class HalfPrecision(Callback):
+    "bfloat16 autocast and channels last on the CPU"
+    order = MixedPrecision.order
+    def before_fit(self): self.learn.model.to(memory_format=torch.channels_last)
+    def before_batch(self):
+        self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.learn.xb)
+        self.autocast = torch.autocast('cpu', torch.bfloat16)
+        self.autocast.__enter__()
+    def after_loss(self): self.autocast.__exit__(None, None, None)
+
+def arrays(data):
+    "Images that are pretrained on, then for each task its name, training images and labels, test images and labels"
+    if data=='fashion':
+        x,y,vx,vy = fashion_mnist(10_000, 2000)
+        return x,[('fashion', x, y, vx, vy)]
+    pics = {v:emoji(v) for v in ('twitter','google')}
+    keep = {v:y!='Component' for v,(_,y,_) in pics.items()}   # five pictures of hair and skin
+    def of(v): return pics[v][0][keep[v]],pics[v][1][keep[v]]
+    return np.concatenate([x for x,_,_ in pics.values()]),[(f'label {a}, test {b}', *of(a), *of(b)) for a,b in (('twitter','google'),('google','twitter'))]
+
+def image_dls(x, n_train, y=None, **kwargs):
+    "`DataLoaders` of an array of images; those after `n_train` are for validation"
+    blocks = [ImageBlock(PILImageBW if x.ndim==3 else PILImage)] + [CategoryBlock]*(y is not None)
+    block = DataBlock(blocks, get_x=x.__getitem__, get_y=None if y is None else y.__getitem__, splitter=IndexSplitter(range(n_train, len(x))), **kwargs)
+    return block.dataloaders(range(len(x)), bs=64, num_workers=0)
+
+def pretrain(data, x, seed):
+    "Encoder file of `data` and `seed`, and the seconds it took (wall and processor); made unless it is there"
+    s,file = settings[data],folder/f'{data}-{seed}.pth'
+    seconds = file.with_suffix('.json')
+    if not seconds.exists():
+        folder.mkdir(exist_ok=True)
+        set_seed(seed, reproducible=True)
+        weak = weak_tfms(s['size'], s['scale'], flip_p=s['flip_p'])
+        strong = strong_tfms(s['size'], **{k:s[k] for k in ('scale','flip_p','jitter','gray_p','blur_p')})
+        learn = ressl_learner(image_dls(x, len(x)-64), small_resnet, stem='small_pool', weak_tfms=weak, strong_tfms=strong, n_hidden=512, queue_size=1024,
+                              cbs=HalfPrecision())
+        start = time.time(),time.process_time()
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(s['epochs'], s['lr'])
+        learn.save_encoder(file)
+        seconds.write_text(json.dumps([round(time.time()-start[0]), round(time.process_time()-start[1])]))
+    return file,json.loads(seconds.read_text())
+
+def quality(train, valid):
+    "What all labels give"
+    return dict(knn20=knn_accuracy(*train, *valid, k=20), knn200=knn_accuracy(*train, *valid, k=200), linear=linear_accuracy(*train, *valid)['top1'])
+
+def rounded(o): return {k:rounded(v) for k,v in o.items()} if isinstance(o, dict) else round(float(o), 4)
+
+@call_parse
+def main(
+    data:str, # emoji or fashion
+    seeds:str='0,1,2', # Seeds of pretraining and of label draws
+    labels:str='1,2,5,10,25,50', # Labels per class
+    steps:int=100, # Training steps of fine-tuning and of training from scratch
+    rows:str='' # Rows of `label_efficiency`, all without it
+):
+    x,tasks = arrays(data)
+    labels,rows = tuple(map(int, labels.split(','))),rows.split(',') if rows else label_rows
+    for seed in map(int, seeds.split(',')):
+        file,seconds = pretrain(data, x, seed)
+        for nm,tx,ty,vx,vy in tasks:
+            tfms = aug_transforms(size=settings[data]['size'], max_rotate=10., max_zoom=1.2, max_lighting=0.2, max_warp=0.)
+            dls = image_dls(np.concatenate([tx,vx]), len(tx), np.concatenate([ty,vy]), batch_tfms=tfms)
+            learn = encoder_learner(file, dls, settings[data]['size'])
+            random_learn,start = encoder_learner(file, dls, settings[data]['size'], trained=False),time.time()
+            feats = {'pretrained':lambda dl: embed(learn, dl), 'random encoder':lambda dl: embed(random_learn, dl), 'raw pixels':pixel_features}
+            full = {k:quality(f(dls.train), f(dls.valid)) for k,f in feats.items()}
+            few = label_efficiency(learn, dls, labels, seeds=(seed,), rows=rows, n_steps=steps)
+            tables = {c: few.pivot(index='labels', columns='row', values=c).to_dict() for c in ('accuracy','balanced_accuracy')}
+            receipt('label_efficiency', seed, data=data, task=nm, n_pretrain=len(x), n_train=len(tx), n_test=len(vx), settings=settings[data], steps=steps,
+                    pretrain_seconds=seconds[0], pretrain_cpu_seconds=seconds[1], seconds=round(time.time()-start), all_labels=rounded(full), **rounded(tables))

@@ -1,0 +1,158 @@
+"Label efficiency: fixed balanced draws, only the drawn labels used, each row from where it should start, under one schedule."
+import random
+from functools import partial
+
+import numpy as np, pandas as pd, pytest, scipy.stats, torch
+from fastai.vision.all import Learner, Normalize
+from fastai.vision.learner import model_meta
+from sklearn.linear_model import LogisticRegression
+from torchvision.models import resnet18
+
+from ressl_fastai.data import digits_dls
+from ressl_fastai.evaluate import embed
+from ressl_fastai.label_efficiency import draw_labels, label_efficiency, label_rows, labelled_part, plot_labels, summarize_labels
+from ressl_fastai.models import create_encoder, small_resnet
+from ressl_fastai.views import clean_dl
+from test_training import fit, make, same, state
+
+arch = partial(small_resnet, widen=0.125)
+dls = partial(digits_dls, 8, bs=64)
+def few(arch=arch): return make(labelled_part(dls(), range(300)), arch, queue_size=64)
+def pretrained(n=1): return fit(few(), n)
+
+# draws
+
+def test_draws_are_balanced_nested_fixed_and_differ_by_seed():
+    y = torch.tensor(np.random.RandomState(0).choice(4, 400, p=[.1,.2,.3,.4]))
+    for seed in range(3):
+        draws = [draw_labels(y, n, seed=seed) for n in (1,2,5,20)]
+        for n,o in zip((1,2,5,20), draws): assert y[o].bincount().tolist()==[n]*4 and len(set(o))==len(o)
+        for a,b in zip(draws, draws[1:]): assert set(a)<set(b)
+        assert (draw_labels(y, 5, seed=seed)==draws[2]).all() and not set(draws[2])<=set(draw_labels(y, 5, seed=seed+1))
+    counts,tenth = y.bincount().numpy(),y[draw_labels(y, fraction=0.1)].bincount().numpy()
+    assert (tenth==np.round(counts*0.1)).all() and y[draw_labels(y, fraction=1e-3)].bincount().tolist()==[1]*4
+    often = np.bincount(np.concatenate([draw_labels(y, 5, seed=s) for s in range(300)]), minlength=400)
+    want = 300*5/counts[y]
+    assert abs((often-want)/want**0.5).mean()<1.1  # every image of a class as often as another; Poisson gives 0.8
+    assert abs((np.bincount(np.repeat(draw_labels(y, 5), 300), minlength=400)-want)/want**0.5).mean()>1.1  # control: one draw again and again
+
+@pytest.mark.parametrize('kw,msg', [(dict(per_class=0),'per_class must be'), (dict(per_class=9),'is more than the 5'), (dict(fraction=0.),'fraction must be'),
+    (dict(fraction=1.1),'fraction must be'), ({},'one of per_class and fraction'), (dict(per_class=1, fraction=.1),'one of per_class and fraction')])
+def test_impossible_draws(kw, msg):
+    with pytest.raises(ValueError, match=msg): draw_labels(torch.arange(10)%2, **kw)
+
+def test_part_holds_those_images_and_keeps_the_rest():
+    dls = digits_dls(8, bs=64, batch_tfms=Normalize.from_stats([0.2], [0.4], cuda=False))
+    idxs = [3,100,7,1400]
+    part = labelled_part(dls, idxs)
+    def all_of(dl): return torch.cat([b[0] for b in clean_dl(dl)]),torch.cat([b[1] for b in clean_dl(dl)])
+    for got,want in zip(all_of(part.train), all_of(dls.train)): assert torch.equal(got, want[idxs])
+    assert (part.train.n, part.train.bs, part.train.shuffle, dls.train.n, part.valid is dls.valid)==(4, 4, True, 1437, True)
+    assert list(part.vocab)==list(dls.vocab) and len(list(labelled_part(dls, range(65)).train))==1   # full batches: never one of a single image
+
+# rows
+
+class Fits(list):
+    "What `fit_one_cycle` was asked for; nothing is trained"
+    def __call__(self, learn, n_epoch, lr, **kwargs):
+        learn.create_opt()
+        items = sorted(i for tl in learn.dls.train_ds.tls[:1] for i in tl.items)
+        self.append(dict(items=items, n_epoch=n_epoch, n_batches=len(learn.dls.train), lr=lr, frozen=[n for n,p in learn.model.named_parameters() if not p.requires_grad],
+            body={k:v.clone() for k,v in learn.model[0].state_dict().items()}, groups=len(learn.opt.hypers)))
+
+@pytest.fixture
+def fits(monkeypatch):
+    fits = Fits()
+    monkeypatch.setattr(Learner, 'fit_one_cycle', lambda *args, **kwargs: fits(*args, **kwargs))
+    return fits
+
+def body_of(model): return {k:v for k,v in model[0].state_dict().items()}
+
+@pytest.mark.parametrize('teacher', [False, True])
+def test_fine_tuned_and_scratch_differ_only_in_where_they_start(fits, teacher):
+    learn = pretrained()
+    df = label_efficiency(learn, learn.dls, (2,7), seeds=2, rows=('fine-tuned','from scratch'), n_steps=10, lr=0.01, arch=arch, teacher=teacher)
+    tuned,scratch = fits[:4],fits[4:]
+    assert len(scratch)==4 and df.n_labels.tolist()==[20,70]*4
+    train_items,y = learn.dls.train_ds.items,embed(learn, learn.dls.train)[1]
+    for i,(a,b) in enumerate(zip(tuned, scratch)):
+        for k in ('items','n_epoch','n_batches','lr','frozen'): assert a[k]==b[k]
+        assert a['items']==sorted(train_items[j] for j in draw_labels(y, (2,7)[i%2], seed=i//2)) and a['frozen']==[]
+        assert a['lr']==0.01 and a['n_epoch']*a['n_batches']==10
+        assert same(a['body'], body_of(learn.model.teacher[0] if teacher else learn.model.encoder))
+        assert not same(a['body'], body_of(learn.model.encoder if teacher else learn.model.teacher[0]))  # control
+        assert a['body'].keys()==b['body'].keys() and not same(a['body'], b['body'])
+    assert same(scratch[0]['body'], scratch[1]['body']) and not same(scratch[0]['body'], scratch[2]['body'])  # fresh weights by seed
+
+def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
+    learn = pretrained()
+    df = label_efficiency(learn, learn.dls, 1, seeds=2, rows=('frozen features','raw pixels'))
+    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
+    def pixels(dl): return torch.cat([b[0].flatten(1) for b in clean_dl(dl)]).as_subclass(torch.Tensor)
+    def by_hand(x, valid_x, seed):
+        idxs,mean,std = draw_labels(ty, 1, seed=seed),x.mean(0),x.std(0, correction=0).clamp(min=1e-9)
+        clf = LogisticRegression(C=0.01, max_iter=1000).fit(((x-mean)/std)[idxs], ty[idxs])   # nothing to cross-validate with: the middle of C's grid
+        return clf.score((valid_x-mean)/std, vy)
+    want = [by_hand(*o, s) for o in ((tx,vx), (pixels(learn.dls.train),pixels(learn.dls.valid))) for s in (0,1)]
+    np.testing.assert_allclose(df.accuracy, want, atol=0.003)
+    assert abs(df.accuracy-np.roll(want, 1)).max()>0.02  # control
+
+def test_random_encoder_is_the_untrained_network():
+    learn = pretrained(2)
+    df = label_efficiency(learn, learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
+    untrained = few()
+    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    untrained.model.encoder.load_state_dict(create_encoder(arch, 1, size=8).state_dict())
+    want = label_efficiency(untrained, untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]
+    assert df.accuracy[1]==want!=df.accuracy[0]
+
+def test_training_learns_and_nothing_else_changes():
+    learn = pretrained()
+    before,rng = state(learn),torch.get_rng_state()
+    a,b = (label_efficiency(learn, learn.dls, (1,10), seeds=1, rows=label_rows, n_steps=30, lr=0.02, arch=arch) for _ in range(2))
+    pd.testing.assert_frame_equal(a, b)                           # fixed by its seeds
+    assert same(before, state(learn)) and torch.equal(rng, torch.get_rng_state())
+    assert a.row.unique().tolist()==list(label_rows) and (a.accuracy>0.15).all()
+    best = a.pivot(index='row', columns='labels', values='accuracy')
+    assert (best[10]>best[1]).all() and best.loc['raw pixels',10]>0.6 and best.loc['fine-tuned',10]>0.4
+    np.testing.assert_allclose(a.accuracy, a.balanced_accuracy, atol=0.03)     # the digits are balanced
+
+def test_imagenet_row_asks_the_library_for_weights(monkeypatch):
+    asked = []
+    def resnet(weights=None):
+        asked.append(weights)
+        return resnet18()
+    monkeypatch.setitem(model_meta, resnet, model_meta[resnet18])
+    learn = make(digits_dls(16, bs=16), resnet18, queue_size=16)
+    df = label_efficiency(learn, learn.dls, 1, seeds=1, rows=('ImageNet',), n_steps=1, arch=resnet)
+    assert len(df)==1 and asked==[model_meta[resnet18]['weights']]
+
+# mistakes
+
+@pytest.mark.parametrize('kw,msg', [(dict(rows=('pixels',)),'rows must be of'), (dict(labels_per_class=(1,1000)),'is more than'), (dict(rows=('from scratch',)),'arch must make'),
+    (dict(rows=('random encoder',), arch=small_resnet),'arch must make')])
+def test_mistakes_are_told_before_training(fits, kw, msg):
+    learn = make()
+    with pytest.raises(ValueError, match=msg): label_efficiency(learn, learn.dls, **{'labels_per_class':(1,), **kw})
+    assert fits==[]
+
+def test_another_normalisation_is_refused():
+    learn = make()
+    other = digits_dls(8, batch_tfms=Normalize.from_stats([0.9], [0.1], cuda=False))
+    with pytest.raises(ValueError, match='[Nn]ormalize'): label_efficiency(learn, other, 1)
+    with pytest.raises(ValueError, match='[Nn]ormalize'): embed(learn, other.valid)
+    with pytest.raises(ValueError, match='[Nn]ormalize'): embed(learn, digits_dls(8).valid)   # none at all: features would be wrong, silently
+
+# summary
+
+def test_intervals_are_students():
+    rng = np.random.RandomState(0)
+    df = pd.DataFrame([dict(row=r, labels=n, seed=s, accuracy=rng.rand(), balanced_accuracy=rng.rand()) for r in 'ab' for n in (1,5) for s in range(4)])
+    for value in ('accuracy','balanced_accuracy'):
+        for (row,n),o in summarize_labels(df, value).iterrows():
+            v = df[(df.row==row)&(df.labels==n)][value]
+            low,high = scipy.stats.t.interval(0.95, 3, v.mean(), scipy.stats.sem(v))
+            np.testing.assert_allclose([o['mean'],o.low,o.high,o.seeds], [v.mean(),low,high,4])
+            assert abs(high-(v.mean()+1.96*scipy.stats.sem(v)))>1e-2  # control: the normal's
+    assert summarize_labels(df[df.seed==0]).low.isna().all()
+    assert [t.get_text() for t in plot_labels(df).get_legend().get_texts()]==['a','b']
