@@ -297,7 +297,7 @@ def settings_of(learn):
 def test_mistakes_and_a_folder_in_use(tmp_path):
     for every in (0, -1, 1.5):
         with pytest.raises(ValueError, match='every must be'): Checkpoint('run', every=every)
-    code = f"from pathlib import Path; from fcntl import *; f = open('{tmp_path}/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); print('held', flush=True); input()"
+    code = f"from fcntl import *; f = open('{tmp_path}/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); print('held', flush=True); input()"
     other = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline()=='held\n'
