@@ -8,7 +8,6 @@ from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, CS
     IndexSplitter, Learner, MixedPrecision, PILImageBW, RandomErasing, SaveModelCallback, SchedCos, SGD, ShortEpochCallback, accuracy)
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.amp import GradScaler, autocast
 
 from ressl_fastai import checkpoint
 from ressl_fastai.callback import InfoNCEWarmup
@@ -95,16 +94,18 @@ def test_accumulated_gradients_and_waiting_keys(tmp_path):
     for i,(every,n_crash) in enumerate(((None,9), (1,10))):
         check(tmp_path/str(i), 16, fit=partial(fit, n=4), cbs=lambda: [GradientAccumulation(80)], every=every, n_crash=n_crash)
 
-class CPUPrecision(MixedPrecision):
-    "bfloat16 on the CPU, with a loss scale that doubles every three steps"
-    name = 'mixed_precision'
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', torch.bfloat16),GradScaler('cpu', growth_interval=3),[]
-    def after_fit(self): self.learn.seen,self.learn.scaler = list(self.scales),None
+class Scales(Callback):
+    order,run_valid = 100,False
+    def before_fit(self): self.seen = []
+    def after_batch(self): self.seen.append(self.scaler.get_scale())
 
 def test_mixed_precision_and_its_loss_scale(tmp_path):
-    whole = fit(make(), n=3, cbs=CPUPrecision()).seen
-    learn = check(tmp_path, 12, fit=partial(fit, n=3), cbs=lambda: [CPUPrecision()], every=1, n_crash=8)
-    assert learn.seen==whole and len(set(whole))>3
+    made = []
+    def cbs():
+        made.append(Scales())
+        return [MixedPrecision(growth_interval=3, init_scale=2.**8), made[-1]]
+    check(tmp_path, 12, fit=partial(fit, n=3), cbs=cbs, every=1, n_crash=8)
+    assert made[0].seen==made[-1].seen and len(made[0].seen)==12 and len(set(made[0].seen))>3, made[0].seen
 
 def test_other_callbacks_go_on_counting(tmp_path):
     def cbs(): return [EarlyStoppingCallback('valid_loss', min_delta=1., patience=4), SaveModelCallback('valid_loss', fname='best')]
@@ -264,7 +265,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_last_one(crashed, tmp_path):
 changes = {'n_epoch': dict(fit=dict(n=3)), 'schedule of lr': dict(fit=dict(pct_start=0.5)), 'wd': dict(fit=dict(wd=0.1)), 'arch': dict(arch=small_resnet),
     'stem': dict(stem='small'), 'queue_size': dict(queue_size=60), 'dim': dict(dim=9), 'student_temp': dict(student_temp=0.2), 'teacher_temp': dict(teacher_temp=0.05),
     'teacher_momentum': dict(teacher_momentum=0.9), 'weak_tfms': dict(weak_tfms=weak_tfms(8, flip_p=0.)), 'warmup': dict(warmup=InfoNCEWarmup(1)), 'bs': dict(dls=dict(bs=16)),
-    'training_images': dict(dls=dict(n=160)), 'opt_func': dict(opt_func=partial(SGD, mom=0.9)), 'projector': dict(projector_layers=3), 'queue_dtype': dict(queue_dtype=torch.bfloat16),
+    'training_images': dict(dls=dict(n=160)), 'opt_func': dict(opt_func=partial(SGD, mom=0.9)), 'projector': dict(projector_layers=3), 'queue_dtype': dict(queue_dtype=torch.bfloat16), 'precision.dtype': dict(precision='bfloat16'),
     'gradient_accumulation.n_acc': dict(cbs=[GradientAccumulation(64)]), 'mixed_precision.amp_mode': dict(cbs=[MixedPrecision('bf16')])}
 
 @pytest.fixture(scope='module')
