@@ -1,5 +1,5 @@
-"""What watching costs: processor seconds of training without, with `Guard` as it is by default, and with `HealthMonitor`, in turns in one process.
-One JSON line in results/health.jsonl. Processor time of one thread, not time on the clock: other work on the machine does not count.
+"""What watching costs: the share of a training's processor time that is spent inside `Guard`, as it is by default, and inside `HealthMonitor`.
+One JSON line in results/health.jsonl.
 
     .venv/bin/python benchmarks/health.py
 """
@@ -17,30 +17,27 @@ from ressl_fastai.models import small_resnet
 
 torch.set_num_threads(1)
 
-class Clock(Callback):
-    "Processor seconds of the training part of an epoch"
-    order = -200
-    def before_train(self): self.start = time.process_time()
-    def after_train(self): self.train = time.process_time()-self.start
+class Timed:
+    "Counts the processor seconds of a callback's events"
+    def __call__(self, event):
+        start = time.process_time()
+        try: return super().__call__(event)
+        finally: self.spent += time.process_time()-start
 
-def epoch(learn, cbs):
-    "Processor seconds of an epoch: its training, and all of it"
-    clock,start = Clock(),time.process_time()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[clock, *cbs])
-    return clock.train,time.process_time()-start
-
-def show(vals): return dict(median=round(statistics.median(vals), 4), min=round(min(vals), 4), max=round(max(vals), 4))
+class TimedGuard(Timed, Guard): spent = 0.
+class TimedMonitor(Timed, HealthMonitor): spent = 0.
 
 def main(n=5):
     set_seed(0)
-    learn = ressl_learner(digits_dls(8, bs=28), partial(small_resnet, widen=0.25), metrics=[], guard=False)
-    cases,res = dict(none=lambda: [], guard=lambda: [Guard()], monitor=lambda: [HealthMonitor()]),{}
+    learn,res = ressl_learner(digits_dls(8, bs=28), partial(small_resnet, widen=0.25), metrics=[], guard=False),[]
     for i in range(n+1):
-        for nm,cbs in cases.items():
-            seconds = epoch(learn, cbs())
-            if i: res.setdefault(nm, []).append(seconds)   # the first round warms up
-    def ratio(nm, part): return show([a[part]/b[part] for a,b in zip(res[nm], res['none'])])
-    receipt('health', 0, data='digits, 8 pixels, bs 28: 51 steps, 360 validation images', n_looks=1, repeats=n,
-            train_seconds=show([o[0] for o in res['none']]), guard_train=ratio('guard', 0), monitor_epoch=ratio('monitor', 1))
+        cbs,start = (TimedGuard(),TimedMonitor()),time.process_time()
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cbs)
+        total = time.process_time()-start
+        if i: res.append((total, *(cb.spent/total for cb in cbs)))   # the first epoch warms up
+    def show(vals, digits): return dict(median=round(statistics.median(vals), digits), min=round(min(vals), digits), max=round(max(vals), digits))
+    total,guard,monitor = zip(*res)
+    receipt('health', 0, data='digits, 8 pixels, bs 28: an epoch of 51 steps, one look, 360 validation images', repeats=n, epoch_seconds=show(total, 2),
+            guard_share=show(guard, 4), monitor_share=show(monitor, 4))
 
 if __name__=='__main__': main()

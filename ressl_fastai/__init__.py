@@ -2,12 +2,14 @@
 
 - `ressl_fastai.batch_norm`: Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
+- `ressl_fastai.checkpoint`: `Checkpoint('run')`: after a crash the same line goes on where the training was, bit for bit.
 - `ressl_fastai.cli`: `ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
 - `ressl_fastai.cli_evaluate`: `ressl_evaluate ENCODER DATA`: how good an encoder is on a labelled folder, from the shell.
-- `ressl_fastai.data`: Real images that need no download: scikit-learn's handwritten digits as fastai `DataLoaders`.
+- `ressl_fastai.data`: Small images in memory: `DataLoaders` that take a whole batch at once from an array, or from a folder decoded once.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
 - `ressl_fastai.health`: Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
+- `ressl_fastai.images`: Files as they are found: unreadable ones named or left out, 16-bit pixels not cut off.
 - `ressl_fastai.interpret`: See what the encoder has learned, and use it: relations, neighbours, maps, duplicates, outliers, and which images to label first.
 - `ressl_fastai.label_efficiency`: How many labels does pretraining save? Accuracy by number of labelled images, with the baselines it must beat.
 - `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone, and hands the encoder over.

@@ -3,12 +3,14 @@ from fastai.vision.all import *
 
 from ressl_fastai.batch_norm import *
 from ressl_fastai.callback import *
+from ressl_fastai.checkpoint import *
 from ressl_fastai.data import *
 from ressl_fastai.evaluate import *
 from ressl_fastai.feature_queue import *
 from ressl_fastai.health import *
-from ressl_fastai.label_efficiency import *
+from ressl_fastai.images import *
 from ressl_fastai.interpret import *
+from ressl_fastai.label_efficiency import *
 from ressl_fastai.learner import *
 from ressl_fastai.losses import *
 from ressl_fastai.models import *

@@ -61,7 +61,7 @@ class InfoNCEWarmup:
         temp:float=None, # Temperature of the InfoNCE loss, > 0; default: the student's
         fraction:bool=False # Whether `hold` and `ramp` are shares of the training instead of epochs
     ):
-        if hold<0 or ramp<0 or (fraction and hold+ramp>1):
+        if not (hold>=0 and ramp>=0) or (fraction and hold+ramp>1):
             raise ValueError(f"hold and ramp must be at least 0{' and at most 1 together' if fraction else ''}, got {hold} and {ramp}")
         if shape not in ('linear','cosine','step'): raise ValueError(f"shape must be 'linear', 'cosine' or 'step', got {shape!r}")
         if shape=='step' and ramp: raise ValueError(f"shape='step' needs ramp=0, got {ramp}")
@@ -125,7 +125,8 @@ class ReSSL(Callback):
         "Train on images without other augmentation; fill an empty queue with teacher embeddings of real images"
         if self.train_dl is None:
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
-            self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last)
+            # a last batch of one image has no variance for batch norm
+            self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last or dl.n%dl.bs==1)
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()
@@ -135,14 +136,18 @@ class ReSSL(Callback):
         queue = self.net.queue
         for b in self.train_dl:
             x = to_device(b[0] if isinstance(b, (tuple,list)) else b, queue.feats.device)
+            self._check(x)
             queue.enqueue(self._teach(self._view(x, self.weak_tfms)))
             if queue.count==queue.size: return
 
     def _teach(self, x):
         with self.net.autocast(x): return shuffled(self.net.teacher, x) if self.shuffle and self.training else self.net.teacher(x)
 
+    def _check(self, x):
+        "Every batch on the CPU; elsewhere the first, since looking at values makes a GPU wait"
+        if not self.checked or x.device.type=='cpu': check_images(x); self.checked = True
+
     def _view(self, x, tfms):
-        if not self.checked: check_images(x); self.checked = True
         x = tfms(x.as_subclass(Tensor))
         return x if self.normalize is None else self.normalize.encodes(x.as_subclass(TensorImage)).as_subclass(Tensor)
 
@@ -150,6 +155,7 @@ class ReSSL(Callback):
         "Strong views for the student; weak views are kept for the teacher"
         x = self.x_teacher = self.learn.xb[0]
         if not self.training: return
+        self._check(x)
         self.learn.xb = tuple(self._view(x, tfms) for tfms in listify(self.strong_tfms))
         self.x_teacher = self._view(x, self.weak_tfms)
 

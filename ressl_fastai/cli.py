@@ -1,7 +1,8 @@
 """`ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
 
 `ressl_pretrain` does what a notebook user does with `ressl_learner`: it builds the `DataLoaders`, trains, and writes a folder with the encoder, the history, two
-pictures and a `config.json` that repeats the run. Whatever can be found wrong is said in one line before training starts.
+pictures and a `config.json` that repeats the run. Whatever can be found wrong is said in one line before training starts. After a crash the same command goes on where
+the training was.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 
@@ -11,7 +12,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 __all__ = ['defaults', 'digits_defaults', 'find_data', 'find_images', 'folder_dls', 'new_folder', 'pixel_knn', 'ressl_pretrain']
 
 # %% ../nbs/12_cli.ipynb #17a0ea39
-import json, platform, shlex, sys, warnings
+import json, platform, shlex, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from . import __version__
 from .callback import InfoNCEWarmup
+from .checkpoint import Checkpoint, hold
 from .data import digits_dls
 from .evaluate import KNNAccuracy, embed, knn_accuracy
 from .learner import ressl_learner
@@ -98,16 +100,26 @@ def folder_dls(
     return block.dataloaders(files, path=path, bs=bs, num_workers=num_workers)
 
 # %% ../nbs/12_cli.ipynb #2d87b98a
+def _interrupted(path, config):
+    "Whether `path` holds a run of `config` that did not come to its end, and that nobody is at"
+    kept = path/'checkpoint'
+    try:
+        there = json.loads((path/'config.json').read_text())
+        if kept.is_dir() and (lock := hold(kept)): lock.close()
+    except (OSError,ValueError): return False
+    return kept.is_dir() and all(there.get(k)==v for k,v in config.items() if k!='versions')
+
 def new_folder(
-    out:str|Path # Wished name
-) -> Path: # A new or empty folder: `out`, or `out-2`, `out-3`, ...
+    out:str|Path, # Wished name
+    config:dict=None # What the run says of itself in `config.json`; by it an interrupted run is known
+) -> Path: # A new or empty folder, or that of an interrupted run: `out`, or `out-2`, `out-3`, ...
     "A folder for the results in which nothing can be lost"
     out = Path(out).expanduser()
     for i in range(1, 10_000):
         path = out if i==1 else out.with_name(f'{out.name}-{i}')
         if path.is_file(): continue
         path.mkdir(parents=True, exist_ok=True)
-        if not any(path.iterdir()): return path
+        if not any(path.iterdir()) or (config and _interrupted(path, config)): return path
 
 # %% ../nbs/12_cli.ipynb #36991859
 defaults = dict(arch='resnet18', size=64, epochs=100, bs=64, lr=1e-3, min_scale=0.2, flip_p=0.5, blur_p=0.5, teacher_momentum=0.99,
@@ -145,7 +157,7 @@ def _save_curves(history, path):
 @call_parse
 def ressl_pretrain(
     data:str, # A folder of images (class sub-folders are labels), 'digits', or the name of a fastai data set (a download)
-    out:str=None, # Folder for the results, ressl-DATA if not given; one that holds something is left alone and out-2, out-3, ... made
+    out:str=None, # Folder for the results, ressl-DATA if not given; after a crash the same command continues there, else what it holds is left alone and out-2, out-3, ... made
     recipe:str=None, # Published set-up to start from, such as cifar10 or imagenet_plus; what is given beside it replaces its values
     arch:str=None, # torchvision, fastai or timm model; resnet18 if not given, small_resnet for digits
     size:int=None, # Side of the images in pixels; 64 if not given, 16 for digits
@@ -175,7 +187,8 @@ def ressl_pretrain(
     out = out or f"ressl-{Path(data).name}"
     try: learn,fit,chosen = _set_up(data, **args)
     except (ValueError, OSError, ImportError) as e: raise CliError('ressl_pretrain: ' + ' '.join(str(e).split())) from e
-    _run(learn, fit, new_folder(out), data, {**args, **chosen, 'queue_size':learn.model.queue.size})
+    config = _config(learn, data, {**args, **chosen, 'queue_size':learn.model.queue.size})
+    _run(learn, fit, new_folder(out, config), config)
 
 # %% ../nbs/12_cli.ipynb #59ea59be
 def _dls(data, size, bs, gray, valid_pct, skip_bad, num_workers, seed):
@@ -208,19 +221,28 @@ def _from_recipe(name, data, how, pretrained, **given):
 # %% ../nbs/12_cli.ipynb #b503f8ad
 def _print_row(log): print(' '.join(f'{o:12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
 
-def _run(learn, fit, out, data, args):
-    "Train `learn` and write everything to `out`"
-    learn.path,learn.model_dir = out,Path('.')
+def _write_json(path, o):
+    "As a whole or not at all"
+    (aside := path.with_suffix('.part')).write_text(json.dumps(o, indent=2))
+    aside.replace(path)
+
+def _config(learn, data, args):
+    "What a run is, for `config.json`"
     flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
-    config = dict(command=shlex.join(['ressl_pretrain', data, *flags]), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n,
-                  versions=_versions())
-    (out/'config.json').write_text(json.dumps(config, indent=2))
+    return dict(command=shlex.join(['ressl_pretrain', data, *flags]), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=_versions())
+
+def _run(learn, fit, out, config):
+    "Train `learn`, or go on with it, and write everything to `out`"
+    learn.path,learn.model_dir,kept = out,Path('.'),out/'checkpoint'
+    kept.mkdir(exist_ok=True)  # as long as it is there, the run is not at its end
+    _write_json(out/'config.json', config)
     plt.switch_backend('agg')
     learn.show_views(); plt.savefig(out/'views.png'); plt.close()
     labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
     if labelled: config['knn_accuracy'] = {'raw pixels':pixel_knn(learn.dls), 'random encoder':_encoder_knn(learn)}
-    print(f"{learn.dls.train.n} images for training, {learn.dls.valid.n} held out; {args['arch']} at {args['size']} pixels; results in {out}/")
+    print(f"{learn.dls.train.n} images for training, {learn.dls.valid.n} held out; {config['arch']} at {config['size']} pixels; results in {out}/")
     learn.add_cb(CSVLogger())
+    fit = partial(fit, cbs=Checkpoint(kept.name))
     if sys.stdout.isatty(): fit()
     else:
         learn.logger = _print_row
@@ -232,5 +254,6 @@ def _run(learn, fit, out, data, args):
         config['knn_accuracy']['pretrained encoder'] = _encoder_knn(learn)
         print(f"\nkNN accuracy on the {learn.dls.valid.n} held-out images")
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
-        (out/'config.json').write_text(json.dumps(config, indent=2))
+        _write_json(out/'config.json', config)
+    shutil.rmtree(kept)
     print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}")

@@ -135,7 +135,9 @@ class KNNAccuracy(Metric):
         self.ys.append(learn.yb[0].cpu())
 
     @property
-    def _measured(self): return (self.learn.epoch+1)%self.every==0 or self.learn.epoch+1>=self.learn.n_epoch
+    def _measured(self):
+        epoch,alone = self.learn.epoch+1,self.learn.train_iter==0  # `learn.validate()`: nothing was trained before it
+        return alone or epoch%self.every==0 or epoch>=self.learn.n_epoch
 
     def _bank_dl(self, dl):
         if self.bank is None or self.bank>=dl.n: return dl

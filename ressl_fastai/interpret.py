@@ -5,7 +5,7 @@ An encoder that was trained without labels gives no accuracy to trust, but it ca
 `suggest_labels` says which images to label first (TypiClust, 2202.02794).
 
 All take a learner and, as `dl`, any part of its `DataLoaders`; images are seen as validation sees them, and nothing about the learner changes. What
-they return are data frames with the position of an image in `dl` (`index`) and its item there (`path`: a file, or whatever `dl` was made from).
+they return are data frames with the position of an image in `dl` (`index`) and its item there (`path`: a file, or whatever `dl` was made from; rows of a data frame keep their own columns).
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/interpret.html.md"""
 
@@ -196,12 +196,11 @@ def show_relations(self:Learner,
     imsize:float=0.8 # Side of a picture in inches
 ):
     "The images that teacher and student relate an image to most, with the probabilities"
-    dl,rows = ifnone(dl, self.dls.train),{}
-    for when,file in (('then', before), ('now', None))[before is None:]:
-        rows.update({who if before is None else f'{who} {when}': p for who,p in image_relations(self, idx, dl, file).items()})
-    tops = {nm:p.topk(min(k, dl.n-1)) for nm,p in rows.items()}
+    dl = ifnone(dl, self.dls.train)
+    k,whens = min(k, dl.n-1),{'': None} if before is None else {' then': before, ' now': None}
+    tops = {who+when: p.topk(k) for when,file in whens.items() for who,p in image_relations(self, idx, dl, file).items()}
     show_items(dl, [i for top in tops.values() for i in (idx, *top.indices.tolist())],
-               [t for nm,top in tops.items() for t in (nm, *(f'{p:.3f}' for p in top.values.tolist()))], ncols=1+min(k, dl.n-1), imsize=imsize)
+               [t for nm,top in tops.items() for t in (nm, *(f'{p:.3f}' for p in top.values.tolist()))], ncols=1+k, imsize=imsize)
 
 # %% ../nbs/11_interpret.ipynb #2662fea6
 def _project(x, method, seed):
@@ -234,7 +233,7 @@ def plot_embeddings(
     "A map of the features, coloured by class if `dl` has classes"
     dl,x,y = _features(learn, **kwargs)
     if dl.n<3: raise ValueError(f"dl must hold at least 3 images, got {dl.n}")
-    if ax is None: ax = plt.subplots(figsize=(3,2.6))[1]
+    if ax is None: ax = plt.subplots(figsize=(4,3))[1]
     idxs = _spread(n, dl.n)
     xy = _project(x[idxs], method, seed)
     _scatter(ax, xy, None if y is None else y[idxs], dl)

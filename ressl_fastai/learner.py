@@ -31,25 +31,34 @@ from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, get_model, get_random_states, set_random_states
-from fastai.vision.core import imagenet_stats
+from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fastai.vision.learner import TimmBody, add_head, default_split, model_meta, unet_learner, vision_learner
 from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
+from PIL import Image
 from torch import nn, Tensor
 
 from . import __version__, views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
+from .images import naming_bad_file
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
 from .precision import Precision, choose_precision
 from .views import clean_dl
 
 # %% ../nbs/07_learner.ipynb #2b3c6944
+def _check_depth(ds):
+    "Refuse images of 16 bits where fastai would cut them off at 255"
+    f,item = ifnone(getattr(ds, 'items', None), [])[:1],ds[0]
+    im = item[0] if isinstance(item, tuple) else item
+    if type(im) in (PILImage,PILImageBW) and len(f) and isinstance(f[0], (str,Path)) and Image.open(f[0]).mode.startswith('I'):
+        raise ValueError(f"{f[0]} has 16 bits per pixel, of which {type(im).__name__} keeps what is below 256: use ImageBlock(PILImage16)")
+
 def first_images(
     dls:DataLoaders, # Any fastai vision `DataLoaders`
     n:int=2 # Number of images
@@ -62,9 +71,10 @@ def first_images(
     if total==0: raise ValueError("dls.train is empty")
     idxs = [i*total//min(n,total) for i in range(min(n,total))]
     dl = clean_dl(dls.train, normalize=False, bs=len(idxs), num_workers=0)
-    b = dl.new(get_idxs=lambda: idxs).one_batch()
+    with naming_bad_file(dls): b = dl.new(get_idxs=lambda: idxs).one_batch()
     b = b if isinstance(b, (tuple,list)) else (b,)
     check_images(b[0])
+    _check_depth(dls.train_ds)
     return b
 
 # %% ../nbs/07_learner.ipynb #6b6fb76e
@@ -124,6 +134,9 @@ class ReSSLLearner(Learner):
         finally:  # Ctrl-C between `ReSSL.after_pred` and the loss
             if 'ressl' in self.__dict__: self.ressl.restore_loss()
 
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        with naming_bad_file(self.dls): super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
         "As in fastai, and no trace of it is left"
@@ -149,7 +162,8 @@ class ReSSLLearner(Learner):
 
     def predict(self, item, rm_type_tfms=None, with_input=False):
         "The embedding of an image, three times, as fastai gives a prediction decoded and as it is"
-        x,z,_ = self.get_preds(dl=self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0), with_input=True)
+        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
+        x,z,_ = self.get_preds(dl=dl, with_input=True)
         return ((x[0],) if with_input else ()) + (z[0],)*3
 
     def show_results(self, *args, **kwargs):

@@ -122,4 +122,4 @@ def info_nce_loss(
     with torch.autocast(z_student.device.type, enabled=False):
         z = z_student.to(dtype)/temp
         positive = (z*z_teacher.detach().to(dtype).repeat(len(z)//len(z_teacher), 1)).sum(1)
-        return _reduce(F.softplus(_LogSumExp.apply(z, queue.detach())[0] - positive), reduction)
+        return _reduce(F.softplus(_LogSumExp.apply(z, queue.detach())[0] - positive, threshold=50), reduction)

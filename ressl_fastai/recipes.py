@@ -198,6 +198,7 @@ def fit_kwargs(self:Recipe) -> dict: # For a learner
 # %% ../nbs/09_recipes.ipynb #e5833cf0
 def _split_misfit(recipe, bs):
     "Batch norm in parts that `bs` images do not make, or that have another size than the recipe's"
+    if recipe.n_splits<1: raise ValueError(f"n_splits must be at least 1, got {recipe.n_splits}")
     n,part = recipe.n_splits,max(2, recipe.bs//recipe.n_splits)
     near = max(k for k in range(1, max(1, bs//part)+1) if bs%k==0)
     if bs%n or bs<2*n: return f"{bs} images cannot be {n} equal parts of two or more for batch norm",near

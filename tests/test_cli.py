@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.neighbors import KNeighborsClassifier
 
+from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.cli import find_data, folder_dls, new_folder, ressl_pretrain
 from ressl_fastai.learner import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
@@ -140,6 +141,34 @@ def test_a_run_is_repeated_by_the_command_in_its_config(runs):
     pd.testing.assert_frame_equal(losses('again'), losses('out-2'), check_exact=True)
     assert not losses('ressl-flat').train_loss.equals(losses('out-2').train_loss)  # control: another run differs
 
+def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path, monkeypatch, capsys):
+    digit_folder(tmp_path/'data', 60)
+    monkeypatch.chdir(tmp_path)
+    def go(out, epochs=3): ressl_pretrain('data', out=out, arch='small_resnet', size=8, epochs=epochs, bs=16, gray=True, num_workers=0)
+    class Crash(Checkpoint):
+        def after_batch(self):
+            if self.train_iter==5: raise KeyboardInterrupt
+    go('whole')
+    table = [l.split()[:4] for l in capsys.readouterr().out.splitlines() if re.match(' +(epoch|[0-9])', l)]
+    with monkeypatch.context() as m:
+        m.setattr('ressl_fastai.cli.Checkpoint', Crash)
+        with pytest.raises(KeyboardInterrupt): go('out')
+    assert 'encoder.pth' not in all_files(Path('out')) and any('epoch_0001' in f for f in all_files(Path('out')))
+    go('out', epochs=2)                                          # another command leaves it alone
+    assert Path('out-2/encoder.pth').exists() and not Path('out/encoder.pth').exists()
+    capsys.readouterr()
+    go('out')
+    again = [l.split()[:4] for l in capsys.readouterr().out.splitlines() if re.match(' +(epoch|[0-9])', l)]
+    assert again==table and len(table)==4 and sorted(all_files(Path('out')))==sorted(all_files(Path('whole'))) and not Path('out-3').exists()
+    a,b = (pd.read_csv(f'{nm}/history.csv').drop(columns='time') for nm in ('whole','out'))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+    a,b = (torch.load(f'{nm}/encoder.pth', weights_only=True)['body'] for nm in ('whole','out'))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    def kept(nm): return {k:v for k,v in json.loads(Path(nm, 'config.json').read_text()).items() if k!='versions'}
+    assert kept('whole')==kept('out')
+    go('out')                                                    # and a finished run too
+    assert Path('out-3/encoder.pth').exists()
+
 def test_a_flat_folder_needs_no_labels(runs):
     assert runs.flat.returncode==0, runs.flat.stderr
     out = runs.tmp/'ressl-flat'   # the name it gets by itself
@@ -189,3 +218,16 @@ def test_a_urls_name_is_looked_up(monkeypatch, tmp_path):
 def test_new_folder_never_reuses_one_that_holds_something(tmp_path):
     (tmp_path/'a').mkdir(); (tmp_path/'a'/'x').touch(); (tmp_path/'a-2').touch(); (tmp_path/'a-3').mkdir()
     assert [new_folder(tmp_path/nm).name for nm in ('a','b')]==['a-3','b']
+
+def test_new_folder_is_that_of_an_interrupted_run_unless_another_process_is_at_it(tmp_path):
+    (tmp_path/'a'/'checkpoint').mkdir(parents=True)
+    for text,name in (('{"epochs":', 'a-2'), ('{"epochs":2}', 'a-2'), ('{"epochs":3,"versions":"older"}', 'a')):
+        (tmp_path/'a'/'config.json').write_text(text)
+        assert new_folder(tmp_path/'a', dict(epochs=3, versions='newer')).name==name
+    assert new_folder(tmp_path/'a').name=='a-2'
+    code = f"from fcntl import *; f = open('{tmp_path}/a/checkpoint/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline()=='held\n'
+        assert new_folder(tmp_path/'a', dict(epochs=3)).name=='a-2'
+        other.kill()
+    assert new_folder(tmp_path/'a', dict(epochs=3)).name=='a'

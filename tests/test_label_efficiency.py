@@ -16,7 +16,9 @@ from ressl_fastai.views import clean_dl
 from test_training import fit, make, same, state
 
 arch = partial(small_resnet, widen=0.125)
-def pretrained(n=1): return fit(make(arch=arch), n)
+dls = partial(digits_dls, 8, bs=64)
+def few(arch=arch): return make(labelled_part(dls(), range(300)), arch, queue_size=64)
+def pretrained(n=1): return fit(few(), n)
 
 # draws
 
@@ -98,7 +100,7 @@ def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
 def test_random_encoder_is_the_untrained_network():
     learn = pretrained(2)
     df = label_efficiency(learn, learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
-    untrained = make(arch=arch)
+    untrained = few()
     random.seed(0); np.random.seed(0); torch.manual_seed(0)
     untrained.model.encoder.load_state_dict(create_encoder(arch, 1, size=8).state_dict())
     want = label_efficiency(untrained, untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]

@@ -1,0 +1,243 @@
+"`tensor_dls` and `cached_dls` against fastai's own pipeline: the same batches, the same training, and everything that fastai does with `DataLoaders`."
+import os, random, subprocess, sys
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.vision.all import (CategoryBlock, Datasets, DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, L, Normalize, PILImage, PILImageBW,
+    RandomResizedCrop, RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdLists, aug_transforms, imagenet_stats, load_learner, vision_learner)
+from PIL import Image
+from torch import Tensor, nn
+
+from ressl_fastai import data
+from ressl_fastai.data import TensorDL, cached_dls, digits_dls, tensor_dls
+from ressl_fastai.evaluate import KNNAccuracy, embed
+from ressl_fastai.learner import first_images, ressl_learner
+from ressl_fastai.views import clean_dl
+
+rng = np.random.default_rng(0)
+pictures = rng.integers(0, 256, (50,12,9,3), dtype=np.uint8)
+names = np.array(['c','a','b'])[rng.integers(0, 3, 50)]
+valid = list(range(3, 50, 5))
+
+def seed(s=0): random.seed(s); np.random.seed(s); torch.manual_seed(s)
+def plain(o): return o.as_subclass(Tensor)
+def normalize(): return Normalize.from_stats(*imagenet_stats, cuda=False)
+
+def fastais(x=pictures, y=names, block=None, batch_tfms=None, **kwargs):
+    "The same images through fastai's pipeline, one after another"
+    block = block or ImageBlock(PILImage if x.ndim==4 else PILImageBW)
+    return DataBlock((block, CategoryBlock), get_x=x.__getitem__, get_y=y.__getitem__, splitter=IndexSplitter(valid), batch_tfms=batch_tfms).dataloaders(
+        range(len(x)), num_workers=0, **{'bs':8, **kwargs})
+
+def ours(x=pictures, y=names, **kwargs): return tensor_dls(x, y, **{'valid_idx':valid, 'bs':8, **kwargs})
+
+def batches(dls, s=0, epochs=2):
+    seed(s)
+    return [b for _ in range(epochs) for dl in dls for b in dl]
+
+def same(a, b):
+    "Whether batches have the same types and values"
+    return len(a)==len(b) and all(len(p)==len(q) and all(type(o) is type(r) and o.dtype==r.dtype and torch.equal(o, r) for o,r in zip(p, q)) for p,q in zip(a, b))
+
+class Tiny(nn.Sequential):
+    def __init__(self, c=3): super().__init__(nn.Conv2d(c, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3))
+
+def with_head(pretrained=False): return nn.Sequential(Tiny(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def pretrained(dls, s=0):
+    seed(s)
+    learn = ressl_learner(dls, Tiny(), n_hidden=16, dim=8, queue_size=16)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    return learn
+
+# a batch in one look-up
+
+@pytest.mark.parametrize('kwargs', [{}, dict(shuffle=False), dict(bs=7, drop_last=False), dict(val_bs=3)], ids=str)
+@pytest.mark.parametrize('gray', [False, True])
+def test_batches_are_those_of_fastais_pipeline(gray, kwargs):
+    x = pictures[...,0] if gray else pictures
+    norm = [] if gray else [normalize()]
+    pair = []
+    for make in (fastais, ours): seed(); pair.append(make(x, batch_tfms=norm, **kwargs))
+    want,got = pair
+    assert same(batches(got), batches(want)) and type(got.one_batch()[0]) is (TensorImageBW if gray else TensorImage)
+    wrong = batches(got); wrong[1] = (wrong[1][0], wrong[0][1])
+    assert not same(wrong, batches(want))                                   # control: labels of another batch
+    assert [len(o) for o in got]==[len(o) for o in want] and got.vocab==want.vocab and got.valid_ds.items==want.valid_ds.items
+
+def test_pretraining_is_that_on_fastais_pipeline():
+    states = [[plain(o) for o in pretrained(dls, s).model.state_dict().values()] for dls,s in ((fastais(), 0), (ours(), 0), (ours(), 1))]
+    assert all(map(torch.equal, states[0], states[1]))
+    assert not all(map(torch.equal, states[1], states[2]))                  # control: another seed
+
+def test_no_item_is_touched_while_batches_are_made(monkeypatch):
+    dls,touched = ours(batch_tfms=[normalize()]),[]
+    clean_dl(dls.train)                                                     # fastai looks at one item, once
+    get = TfmdLists.__getitem__
+    def spy(self, i):
+        if not isinstance(i, str): touched.append(i)                        # fastai asks it for attributes, too
+        return get(self, i)
+    monkeypatch.setattr(TfmdLists, '__getitem__', spy)
+    batches(dls); list(clean_dl(dls.train, normalize=False, shuffle=True, drop_last=True))
+    assert not touched
+    list(fastais().valid)
+    assert len(touched)>=10                                                         # control
+
+@pytest.mark.parametrize('as_given', [lambda x: x, lambda x: x.transpose(0,3,1,2), torch.from_numpy, lambda x: torch.from_numpy(x).permute(0,3,1,2), lambda x: x/np.float32(255)])
+def test_layouts(as_given):
+    x = as_given(pictures)
+    got,want = (next(iter(ours(o).valid))[0] for o in (x, pictures))
+    torch.testing.assert_close(plain(got), plain(want), rtol=0, atol=1e-7)
+    assert got.shape==(8,3,12,9) and got.dtype==torch.float32
+
+def test_many_channels_and_memory_maps(tmp_path):
+    x = rng.integers(0, 256, (50,13,20,16), dtype=np.uint8)
+    np.save(tmp_path/'x.npy', x)
+    for o in (x, np.load(tmp_path/'x.npy', mmap_mode='c')):
+        dls = ours(o)
+        torch.testing.assert_close(plain(next(iter(dls.valid))[0]), torch.from_numpy(x[valid[:8]])/255)
+        assert dls.train.images.data_ptr()==torch.from_numpy(o).data_ptr()  # no copy
+        assert dls.train_ds[0][0].shape==(13,20,16)
+
+def test_what_cannot_be_served_raises():
+    for wrong,y,match in ((pictures[0,0], None, 'x must hold images'), (np.zeros((9,8,8,8), np.uint8), None, 'channels of x'), (pictures.astype(int), None, 'x must be uint8'),
+        (pictures/100, None, 'x must be uint8'), (pictures[:0], None, 'x must hold images'), (pictures, names[:-1], 'y must have one label')):
+        with pytest.raises(ValueError, match=match): tensor_dls(wrong, y)
+
+def test_splits():
+    a,b,c = (tensor_dls(pictures, seed=s, valid_pct=p).valid_ds.items for s,p in ((0,0.2), (0,0.2), (1,0.2)))
+    assert a==b!=c and len(a)==10
+    assert len(tensor_dls(pictures, valid_pct=0).train_ds)==50
+
+# what fastai does with DataLoaders
+
+def test_labels_or_none():
+    assert [type(o) for o in ours().one_batch()]==[TensorImage,TensorCategory] and len(tensor_dls(pictures, bs=8).one_batch())==1
+    y = rng.normal(size=50).astype(np.float32)
+    dls = ours(y=y, y_block=RegressionBlock)
+    torch.testing.assert_close(plain(torch.cat([b[1] for b in dls.valid])), torch.from_numpy(y[valid]))
+    assert isinstance(dls.train_ds.loss_func.func, nn.MSELoss)
+    for o in (list(names), pd.Series(names), L(list(names))): assert same(list(ours(y=o).valid), list(ours().valid))
+
+def test_pretraining_evaluation_and_hand_over(tmp_path):
+    dls = ours(path=tmp_path)
+    learn = pretrained(dls)
+    assert isinstance(learn.metrics[0], KNNAccuracy) or learn.metrics[0].name=='knn_accuracy'
+    assert 0<=learn.recorder.values[-1][-1]<=1
+    x,_ = embed(learn, dls.train)
+    assert len(x)==40
+    images,labels = first_images(dls, 4)
+    items = [dls.train_ds.items[i*40//4] for i in range(4)]
+    assert torch.equal(plain(images), torch.from_numpy(pictures[items]).permute(0,3,1,2)/255) and [dls.vocab[i] for i in labels]==list(names[items])
+    dls.show_batch(max_n=4); learn.show_views(n=2)
+
+def test_vision_learner_predicts_and_is_exported_without_the_images(tmp_path):
+    dls = ours(path=tmp_path)
+    learn = vision_learner(dls, with_head, n_out=3, normalize=False, pretrained=False)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        preds,y = learn.get_preds()
+        assert [dls.vocab[i] for i in y]==list(names[valid])
+        single = [learn.predict(pictures[i])[2] for i in valid[:3]]
+        torch.testing.assert_close(torch.stack(single), preds[:3].as_subclass(Tensor), rtol=0, atol=1e-5)
+        test = learn.get_preds(dl=dls.test_dl([PILImage.create(pictures[i]) for i in valid]))[0]
+        torch.testing.assert_close(test, preds, rtol=0, atol=1e-5)
+    secret = pictures[7].tobytes()
+    learn.export('x.pkl')
+    assert secret not in (tmp_path/'x.pkl').read_bytes() and (tmp_path/'x.pkl').stat().st_size<200_000
+    assert dls.train.images is not None and load_learner(tmp_path/'x.pkl').dls.vocab==dls.vocab
+
+def test_another_dataset_takes_the_ordinary_way():
+    dls = ours()
+    assert clean_dl(dls.train).images is not None and dls.train.new().images is not None
+    other = dls.train.new(dls.valid_ds)
+    assert other.images is None and same(list(other.new(shuffle=False, drop_last=False)), list(dls.valid))
+    assert dls.new_empty().train.images is None
+
+def test_digits_are_as_before():
+    "What single items give, in the fixed split"
+    dls = digits_dls(8, bs=64)
+    by_item = torch.stack([torch.from_numpy(np.asarray(o[0]).copy()) for o in dls.valid_ds])
+    assert torch.equal(plain(torch.cat([b[0] for b in dls.valid])), by_item[:,None]/255)
+    assert [int(o[1]) for o in dls.valid_ds]==torch.cat([b[1] for b in dls.valid]).tolist()
+    assert all(isinstance(dl, TensorDL) and dl.images is not None for dl in dls.loaders)
+
+# folders
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(24):
+        f = tmp_path/'images'/names[i]/f'{i:02}.png'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20+i,30,3), dtype=np.uint8)).save(f)
+    return tmp_path
+
+def from_folder(folder, **kwargs):
+    return ImageDataLoaders.from_folder(folder/'images', valid_pct=0.25, seed=0, num_workers=0, **{'item_tfms':Resize(16), 'bs':4, 'batch_tfms':[normalize()], **kwargs})
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_cached_batches_are_those_of_fastais_pipeline(folder, kept, monkeypatch):
+    seed(); want = from_folder(folder)
+    got = cached_dls(want, folder/'cache' if kept else None)
+    assert [type(o) for o in want.loaders]!=[TensorDL,TensorDL]==[type(o) for o in got.loaders]  # what was given stays
+    expected = [list(want.valid), list(clean_dl(want.train, normalize=False))]
+    if kept: got = cached_dls(want, folder/'cache')                        # from the file
+    monkeypatch.setattr(PILImage, 'create', None)                          # nothing is opened any more
+    assert same(list(got.valid), expected[0]) and same(list(clean_dl(got.train, normalize=False)), expected[1])
+    assert got.vocab==want.vocab and got.train_ds.items==want.train_ds.items
+    assert [b[1].tolist() for b in got.train]!=[b[1].tolist() for b in got.train]  # shuffled
+
+def test_pretraining_from_a_cache_is_that_on_fastais_pipeline(folder):
+    def run(cached):
+        seed()
+        dls = from_folder(folder, item_tfms=RandomResizedCrop(16), batch_tfms=aug_transforms())
+        return pretrained(cached_dls(dls, folder/'cache') if cached else dls)
+    a,b = (dict(run(o).model.state_dict()) for o in (False,True))
+    assert all(torch.equal(plain(a[k]), plain(b[k])) for k in a)
+
+def test_a_cache_is_used_until_something_changes(folder, monkeypatch):
+    decoded = []
+    decode = data._decode
+    monkeypatch.setattr(data, '_decode', lambda *args: decoded.append(1) or decode(*args))
+    def made(**kwargs):
+        before = len(decoded)
+        dls = from_folder(folder, **kwargs)
+        got = cached_dls(dls, folder/'cache')
+        assert same(list(got.valid), list(dls.valid))                      # right in any case
+        return len(decoded)>before
+    files = sorted((folder/'images').rglob('*.png'))
+    assert made() and not made() and not made(bs=8) and not made(batch_tfms=None)
+    os.utime(files[0]); assert made() and not made()
+    Image.fromarray(rng.integers(0, 256, (25,25,3), dtype=np.uint8)).save(files[1]); assert made() and not made()
+    files[2].unlink(); assert made() and not made()
+    files[3].rename(files[3].with_name('zz.png')); assert made() and not made()
+    assert made(item_tfms=Resize(12)) and made(item_tfms=Resize(12, method='squish')) and made() and not made()
+    (folder/'cache'/'manifest.json').unlink(); assert made()
+
+def test_another_process_uses_the_cache(folder):
+    cached_dls(from_folder(folder), folder/'cache')
+    before = (folder/'cache'/'images.npy').stat().st_mtime_ns
+    code = (f"from fastai.vision.all import *; from ressl_fastai import data; data._decode = None\n"
+            f"data.cached_dls(ImageDataLoaders.from_folder(r'{folder}/images', valid_pct=0.25, seed=0, item_tfms=Resize(16), num_workers=0), r'{folder}/cache')")
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
+    assert (folder/'cache'/'images.npy').stat().st_mtime_ns==before
+
+@pytest.mark.parametrize('nm', ['replace', 'write_text'])
+def test_an_interrupted_cache_is_no_cache(folder, monkeypatch, nm):
+    dls = from_folder(folder)
+    cached_dls(dls, folder/'cache')
+    os.utime(dls.train_ds.items[0])
+    with monkeypatch.context() as m:
+        m.setattr(Path, nm, lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): cached_dls(dls, folder/'cache')
+    assert not list((folder/'cache').glob('*.part')) and not (folder/'cache'/'manifest.json').exists()
+    assert same(list(cached_dls(dls, folder/'cache').valid), list(dls.valid))
+
+def test_tables_of_files_and_what_cannot_be_cached(folder):
+    files = sorted((folder/'images').rglob('*.png'))
+    df = pd.DataFrame(dict(name=[str(o.relative_to(folder)) for o in files], y=range(len(files))))
+    dls = ImageDataLoaders.from_df(df, folder, y_block=RegressionBlock, valid_pct=0.2, seed=0, bs=4, item_tfms=Resize(16), num_workers=0)
+    got = cached_dls(dls, folder/'cache')
+    assert same(list(got.valid), list(dls.valid)) and clean_dl(got.train).images is not None
+    cached_dls(fastais())                                                  # arrays: in memory
+    with pytest.raises(ValueError, match='folder needs images that come from files'): cached_dls(fastais(), folder/'cache2')
