@@ -41,7 +41,6 @@ from .interpret import _classes, _embeddings, _name, _pictures, _spread, find_du
 from .label_efficiency import label_efficiency, pixel_features, plot_labels
 from .learner import first_images
 from .models import ReSSLModel, get_arch
-from .precision import Precision
 from .recipes import _show
 from .views import RandomView
 
@@ -191,12 +190,12 @@ def _model_rows(model):
             ('predictor', _size(model.predictor) if len(model.predictor) else 'none'), ('queue', f'{model.queue.size:,} embeddings of width {model.queue.feats.shape[1]}')]
 
 def _training_rows(learn):
-    ressl,history,precision = learn.ressl,_history(learn),first(o for o in learn.cbs if isinstance(o, Precision))
+    ressl,history = learn.ressl,_history(learn)
     return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', _show(learn.opt_func)),
             ('learning rate', f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else _show(learn.lr)), ('weight decay', _show(learn.opt.hypers[0].get('wd')) if learn.opt else _show(learn.wd)),
             ('temperatures', f'student {_show(ressl.student_temp)}, teacher {_schedule(ressl.teacher_temp)}'), ('teacher momentum', _schedule(ressl.teacher_momentum)),
             ('InfoNCE at first', _show(ressl.warmup) if ressl.warmup else 'no'), ('weak views', _view(ressl.weak_tfms)),
-            ('strong views', '; '.join(map(_view, listify(ressl.strong_tfms)))), ('precision', precision or 'not chosen'), ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
+            ('strong views', '; '.join(map(_view, listify(ressl.strong_tfms)))), ('precision', getattr(learn, 'precision', 'not chosen')), ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
 
 def _history(learn):
     "One row for each epoch of the last `fit`; none after `lr_find` or `validate`"
