@@ -40,15 +40,13 @@ precisions = {'float32':None, 'bfloat16':torch.bfloat16}
 def choose_precision(
     precision:str, # 'float32', 'bfloat16', or 'auto': bfloat16 where it pays
     channels_last:bool|str, # Layout of maps and weights, or 'auto': where it pays
-    device:torch.device|str, # Where it will compute
-    size:tuple # Height and width of the images in pixels
+    device:torch.device|str # Where it will compute
 ) -> tuple: # What autocast computes in (None: float32), and whether channels come last
-    "bfloat16 with channels last on devices that have it, for images from 16 pixels on"
+    "bfloat16 and channels last on devices that have bfloat16, float32 and channels last on other CPUs"
     if precision not in (*precisions,'auto'): raise ValueError(f"precision must be 'auto', {' or '.join(map(repr, precisions))}, got {precision!r}")
     if channels_last not in (True,False,'auto'): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-    pays = min(size)>=16 and has_bfloat16(device)
-    dtype = (torch.bfloat16 if pays else None) if precision=='auto' else precisions[precision]
-    return dtype,(pays if channels_last=='auto' else channels_last)
+    dtype = (torch.bfloat16 if has_bfloat16(device) else None) if precision=='auto' else precisions[precision]
+    return dtype,(torch.device(device).type=='cpu' or has_bfloat16(device) if channels_last=='auto' else channels_last)
 
 # %% ../nbs/05a_precision.ipynb #5a000014
 class Precision(Callback):

@@ -106,11 +106,11 @@ def test_what_is_measured_is_measured_in_float32():
 def test_auto_asks_the_processor(monkeypatch):
     has = P.has_bfloat16
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx2':True})
-    assert not has('cpu') and choose_precision('auto', 'auto', 'cpu', (64,64))==(None,False)
-    assert choose_precision('bfloat16', True, 'cpu', (64,64))==(torch.bfloat16,True)  # who asks gets it
+    assert not has('cpu') and choose_precision('auto', 'auto', 'cpu')==(None,True)
+    assert choose_precision('bfloat16', True, 'cpu')==(torch.bfloat16,True)  # who asks gets it
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16':True})
-    assert has('cpu') and choose_precision('auto', 'auto', 'cpu', (64,64))==(torch.bfloat16,True)
-    assert choose_precision('auto', 'auto', 'cpu', (8,8))==(None,False)
+    assert has('cpu') and choose_precision('auto', 'auto', 'cpu')==(torch.bfloat16,True)
+    assert choose_precision('auto', 'auto', 'meta')==(None,False) and choose_precision('float32', False, 'cpu')==(None,False)
     assert not has('meta') and not has('mps')
 
 def test_impossible_arguments_are_refused():
