@@ -47,7 +47,7 @@ from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
 from .images import naming_bad_file
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
-from .precision import Precision, choose_precision
+from .precision import DevicePrecision, choose_precision
 from .views import clean_dl
 
 # %% ../nbs/07_learner.ipynb #2b3c6944
@@ -243,7 +243,7 @@ def ressl_learner(
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, Precision(*choose_precision(precision, channels_last, dls.device or 'cpu')))+L(cbs)
+    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu')))+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
     if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
     return learn

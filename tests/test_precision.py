@@ -10,7 +10,7 @@ from ressl_fastai.callback import ReSSL
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.models import small_resnet
-from ressl_fastai.precision import Precision, choose_precision
+from ressl_fastai.precision import DevicePrecision, choose_precision
 from test_training import fit, make, same, state
 
 resnet = partial(small_resnet, widen=0.125)
