@@ -41,6 +41,7 @@ from .interpret import _classes, _embeddings, _name, _pictures, _spread, find_du
 from .label_efficiency import label_efficiency, pixel_features, plot_labels
 from .learner import first_images
 from .models import ReSSLModel, get_arch
+from .precision import Precision
 from .recipes import _show
 from .views import RandomView
 
@@ -66,14 +67,15 @@ nav { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .8rem 0; font-siz
 .warn { color: var(--warn); font-weight: 600; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .facts div { padding: .6rem .8rem; border-radius: .5rem; background: var(--card); }
-.facts b { display: block; font-size: 1.35rem; line-height: 1.3; }
+.facts div { font-size: .9rem; color: var(--quiet); }
+.facts b { display: block; font-size: 1.35rem; line-height: 1.3; color: var(--text); }
 .figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: .8rem 0; }
 figure { margin: 0; max-width: 100%; }
 figure img { display: block; max-width: 100%; height: auto; padding: .5rem; border-radius: .5rem; border: 1px solid var(--line); background: #fff; }
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { min-width: 4.2rem; padding: .3rem 1rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-tbody th { vertical-align: top; }
+th, td { min-width: 5rem; padding: .3rem 1rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+tbody th { vertical-align: top; overflow-wrap: normal; }
 th { font-weight: 600; } thead th { color: var(--quiet); font-weight: 400; }
 .thumb { display: block; width: 3rem; height: 3rem; object-fit: contain; image-rendering: pixelated; background: #fff; border-radius: .2rem; }
 pre { overflow-x: auto; padding: .8rem; border-radius: .5rem; background: var(--card); font-size: .85rem; user-select: all; }
@@ -189,12 +191,12 @@ def _model_rows(model):
             ('predictor', _size(model.predictor) if len(model.predictor) else 'none'), ('queue', f'{model.queue.size:,} embeddings of width {model.queue.feats.shape[1]}')]
 
 def _training_rows(learn):
-    ressl,history = learn.ressl,_history(learn)
+    ressl,history,precision = learn.ressl,_history(learn),first(o for o in learn.cbs if isinstance(o, Precision))
     return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', _show(learn.opt_func)),
             ('learning rate', f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else _show(learn.lr)), ('weight decay', _show(learn.opt.hypers[0].get('wd')) if learn.opt else _show(learn.wd)),
             ('temperatures', f'student {_show(ressl.student_temp)}, teacher {_schedule(ressl.teacher_temp)}'), ('teacher momentum', _schedule(ressl.teacher_momentum)),
             ('InfoNCE at first', _show(ressl.warmup) if ressl.warmup else 'no'), ('weak views', _view(ressl.weak_tfms)),
-            ('strong views', '; '.join(map(_view, listify(ressl.strong_tfms)))), ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
+            ('strong views', '; '.join(map(_view, listify(ressl.strong_tfms)))), ('precision', precision or 'not chosen'), ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
 
 def _history(learn):
     "One row for each epoch of the last `fit`; none after `lr_find` or `validate`"

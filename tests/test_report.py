@@ -1,0 +1,199 @@
+"The report: one page that needs nothing else, says what is true, escapes what is foreign, and leaves the learner as it was"
+import base64, json, random, re, shutil, subprocess
+from functools import partial
+from html.parser import HTMLParser
+from io import BytesIO
+
+import jinja2, numpy as np, pandas as pd, pytest, torch
+from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, TensorImage, TfmdDL
+from matplotlib import pyplot as plt
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+from ressl_fastai.all import accuracy, digits_dls, embed, get_arch, load_encoder, ressl_learner, small_resnet, vision_learner
+from ressl_fastai.health import HealthMonitor
+from ressl_fastai.interpret import _pictures
+from ressl_fastai.report import _few, _item_name, render, template
+
+void = {'meta', 'link', 'img', 'br', 'hr', 'input'}
+
+class Page(HTMLParser):
+    "What a browser would see: tags with their attributes, the text by tag, and tags that were not closed"
+    def __init__(self, html):
+        super().__init__()
+        self.tags,self.texts,self.open,self.wrong = [],[],[],[]
+        self.feed(html); self.close()
+        self.wrong += self.open
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in void: self.open.append(tag)
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop()!=tag: self.wrong.append('/'+tag)
+    def handle_data(self, data): self.texts.append((self.open[-1] if self.open else '', data))
+    def text(self, *tags): return [t for tag,t in self.texts if tag in tags]
+    def images(self): return [a['src'] for tag,a in self.tags if tag=='img']
+
+def not_self_contained(html):
+    "Tags and addresses that run something or need something from outside"
+    page = Page(html)
+    bad = [tag for tag,attrs in page.tags if tag in ('script', 'iframe', 'object', 'embed', 'base') or any(k.startswith('on') for k in attrs)]
+    bad += [v for _,attrs in page.tags for k,v in attrs.items() if k in ('src', 'href', 'srcset', 'action') and not re.match(r'data:|#', v)]
+    return bad + re.findall(r'@import|url\(', ''.join(page.text('style')))
+
+def pixels(src): return Image.open(BytesIO(base64.b64decode(src.removeprefix('data:image/png;base64,'), validate=True)))
+
+class NoBN(nn.Sequential):
+    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
+
+def make(dls, path, arch=None, n=1, **kwargs):
+    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    learn = ressl_learner(dls, arch or NoBN(), queue_size=min(64, dls.train.n), n_hidden=16, dim=8, path=path, **kwargs)
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
+    return learn
+
+evil_file,evil_class = '<img src=x onerror=alert(1)>{{1}}&amp;', '<script>alert(1)</script>'
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Digits as files, with names that would run if they were not escaped"
+    path = tmp_path_factory.mktemp('ims')
+    for i,im in enumerate(load_digits().images[:60]): Image.fromarray((im*15).astype(np.uint8)).save(path/f'{evil_file} {i:02}.png')
+    return path
+
+@pytest.fixture(scope='module')
+def unlabelled(folder):
+    dls = ImageDataLoaders.from_path_func(folder, sorted(folder.glob('*.png')), lambda f: 0, valid_pct=0.2, item_tfms=Resize(8), bs=16, num_workers=0)
+    dls = DataLoaders(*(dl.new(dataset=type(dl.dataset)(tls=[dl.dataset.tls[0]]), n_inp=1) for dl in dls.loaders), path=folder)
+    learn = make(dls, folder, small_resnet)
+    return learn, learn.report(command='ressl_pretrain <b>x</b>').read_text()
+
+@pytest.fixture(scope='module')
+def labelled(tmp_path_factory):
+    path = tmp_path_factory.mktemp('lab')
+    df = pd.DataFrame({'name':range(150), 'label':[evil_class if o==0 else str(o) for o in load_digits().target[:150]]})
+    for i,im in enumerate(load_digits().images[:150]): Image.fromarray((im*15).astype(np.uint8)).save(path/f'{i}.png')
+    dls = ImageDataLoaders.from_df(df.assign(name=[f'{i}.png' for i in df.name]), path, valid_pct=0.3, seed=0, item_tfms=Resize(8), bs=16, num_workers=0)
+    learn = make(dls, path, small_resnet, n=2, cbs=HealthMonitor())
+    return learn, learn.report().read_text()
+
+def sections(html): return {re.search('<h2>(.*?)</h2>', o)[1]:o for o in html.split('<section')[1:]}
+def left_out(html): return {k for k,v in sections(html).items() if 'Left out: ' in v}
+
+def test_page_is_whole_and_needs_nothing_else(labelled, unlabelled):
+    for _,html in (labelled, unlabelled):
+        page = Page(html)
+        assert page.wrong==[] and not_self_contained(html)==[]
+        assert len(page.images())>10
+        for src in page.images(): assert min(pixels(src).size)>0
+        assert all('alt' in a for tag,a in page.tags if tag=='img')
+        assert 'prefers-color-scheme: dark' in html and 'width=device-width' in html
+
+    assert Page('<div><p></div>').wrong and Page('<b>').wrong==['b']
+    for bad in ('<img src="a.png">', '<link href="https://x/y.css">', '<script>1</script>', '<p onclick="1">', '<style>@import "x"</style>', '<style>a {background: url(x)}</style>'):
+        assert not_self_contained(bad), bad
+    with pytest.raises(Exception): pixels('data:image/png;base64,AAAA')
+
+def test_only_what_cannot_be_made_is_left_out(labelled, unlabelled):
+    assert left_out(labelled[1])=={'What to label first'}
+    assert left_out(unlabelled[1])=={'Accuracy', 'Few labels'}
+
+def test_names_are_text_never_markup(labelled, unlabelled):
+    page = Page(unlabelled[1])
+    assert sum(evil_file in t for t in page.text('td'))>20 and 'ressl_pretrain <b>x</b>' in page.text('code')
+    assert any(evil_class in t for t in Page(labelled[1]).text('td'))
+    args = dict(title=evil_class, sections=[dict(title='x', text=evil_class, rows=[(evil_file,)], code=evil_class)], alarms=[evil_class], facts=[(evil_class, 1)])
+    assert not_self_contained(render(**args))==[]
+
+    raw = jinja2.Environment().from_string(template).render(**args)
+    assert {'script', 'img'} <= set(not_self_contained(raw))
+
+def test_numbers_are_those_of_the_learner(labelled):
+    learn,html = labelled
+    (x,y),(vx,vy) = (map(np.asarray, embed(learn, dl)) for dl in (learn.dls.train, learn.dls.valid))
+    def unit(o): return o/np.linalg.norm(o, axis=1, keepdims=True)
+    clf = KNeighborsClassifier(20, weights=lambda d: np.exp((1-d**2/2)/0.1)).fit(unit(x), y)
+    row = re.search(r'<th scope="row">student</th><td>([\d.]+)</td>', sections(html)['Accuracy'])
+    assert float(row[1])==pytest.approx((clf.predict(unit(vx))==vy).mean(), abs=1e-3)
+
+    now = [o for o in learn.cbs if isinstance(o, HealthMonitor)][0].history[-1]
+    for nm,v in now.items(): assert f'<th scope="row">{nm}</th><td>{v:.4g}</td>' in html
+    for o in ('105 for training, 45 for validation', '8 x 8 pixels, 3 channels', 'small_resnet', '64 embeddings of width 8'): assert o in html
+
+def test_nothing_about_the_learner_changes(labelled):
+    learn,_ = labelled
+    def state(): return (learn.model.state_dict(), learn.opt.state_dict(), [list(o) for o in learn.recorder.values], learn.recorder.lrs, torch.get_rng_state(), np.random.get_state(),
+                         random.getstate(), [m.training for m in learn.model.modules()], [p.requires_grad for p in learn.model.parameters()],
+                         [str(dl.after_batch) for dl in learn.dls.loaders], [id(o) for o in learn.cbs], plt.get_fignums(), dict(plt.rcParams), learn.training)
+    mine = plt.figure()
+    before = BytesIO(); torch.save(state(), before)
+    learn.report('again.html', n=20)
+    after = BytesIO(); torch.save(state(), after)
+    assert before.getvalue()==after.getvalue() and plt.gcf() is mine
+    plt.close(mine)
+
+    torch.rand(1)
+    changed = BytesIO(); torch.save(state(), changed)
+    assert changed.getvalue()!=before.getvalue()
+
+def test_lines_that_load_the_encoder_run(labelled, tmp_path):
+    learn,html = labelled
+    code = Page(sections(html)['How to use it']).text('code')[0].replace('fine_tune(10)', 'validate()')
+    labelled_dls = ImageDataLoaders.from_df(pd.DataFrame(dict(name=[f'{i}.png' for i in range(40)], label=[str(i%2) for i in range(40)])), learn.path, item_tfms=Resize(8), bs=8, num_workers=0)
+    scope = dict(learn=learn, labelled_dls=labelled_dls)
+    exec(code, scope)
+    assert all(torch.equal(a, b) for a,b in zip(scope['clf'].model[0].parameters(), learn.model.encoder[0].parameters()))
+
+    assert 'learn.save_encoder' in code and 'learn.save_encoder' not in sections(learn.report(tmp_path/'b.html', n=20).read_text())['How to use it']
+
+def test_a_part_keeps_pictures_and_names_together(labelled, unlabelled):
+    for learn,_ in (labelled, unlabelled):
+        dl,idxs = _few(learn.dls.train, 7)
+        assert dl.n==7
+        for i,im in zip(idxs, _pictures(dl, range(7))):
+            file = learn.path/_item_name(learn.dls.train, i, learn.path)
+            assert torch.equal((im[0]*255).round().byte(), torch.tensor(np.array(Image.open(file))))
+
+class Plain:
+    "A data set that is not fastai's"
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __getitem__(self, i): return TensorImage(torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i))), i%2
+
+def test_data_of_any_kind_and_size(tmp_path):
+    for n,few in ((3, 2000), (40, 30)):
+        dls = DataLoaders(TfmdDL(Plain(n), bs=2, shuffle=True, drop_last=True), TfmdDL(Plain(2), bs=2))
+        learn = make(dls, tmp_path, guard=False)
+        out = left_out(learn.report(n=few).read_text())
+        assert 'What was run' not in out and 'Views' not in out and ('Neighbours' in out)==(n==3)
+
+def test_a_learner_that_has_not_trained_or_is_broken(tmp_path):
+    learn = ressl_learner(digits_dls(8), NoBN(), queue_size=64, n_hidden=16, dim=8, path=tmp_path)
+    assert {'Curves', 'Health'} <= left_out(learn.report(n=30).read_text())
+    learn.model.encoder[0][0].weight.data.fill_(torch.nan)
+    assert {'Accuracy', 'Map'} <= left_out(learn.report(n=30).read_text())
+    with pytest.raises(ValueError, match='n must be'): learn.report(n=1)
+    with pytest.raises(ValueError, match='in a folder that exists'): learn.report('no/such.html')
+    learn.remove_cb(learn.ressl)
+    with pytest.raises(ValueError, match='needs a ressl_learner'): learn.report()
+
+check = """<iframe id="f" src="PAGE" style="width:390px; height:800px"></iframe><pre id="out"></pre><script>
+f.onload = () => { const d = f.contentDocument, w = f.contentWindow; out.textContent = JSON.stringify({
+  n: d.images.length, dead: [...d.images].filter(o => !(o.complete && o.naturalWidth > 0)).length, wide: d.documentElement.scrollWidth}) }
+</script>"""
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='needs chromium')
+def test_in_a_browser(labelled, unlabelled, tmp_path):
+    def look(html):
+        (tmp_path/'page.html').write_text(html)
+        (tmp_path/'check.html').write_text(check.replace('PAGE', 'page.html'))
+        res = subprocess.run(['chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--allow-file-access-from-files', '--enable-logging=stderr', '--v=0', '--virtual-time-budget=5000',
+                              f'--user-data-dir={tmp_path}/chromium', '--dump-dom', (tmp_path/'check.html').as_uri()], capture_output=True, text=True, timeout=120)
+        return json.loads(re.search(r'<pre id="out">(.*?)</pre>', res.stdout)[1]), [o for o in res.stderr.splitlines() if 'CONSOLE' in o]
+    for _,html in (labelled, unlabelled):
+        seen,console = look(html)
+        assert console==[] and seen['dead']==0 and seen['n']==len(Page(html).images()) and seen['wide']<=390
+
+    seen,console = look('<img src="data:image/png;base64,AAAA"><p style="width:900px">x<script>nothing.here</script>')
+    assert seen['dead']==1 and seen['wide']>390 and console
