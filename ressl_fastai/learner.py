@@ -16,13 +16,13 @@ __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss'
            'ressl_learner', 'load_encoder']
 
 # %% ../nbs/07_learner.ipynb #bce794fb
-import inspect
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import model_sizes
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.data.core import DataLoaders
@@ -32,7 +32,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, get_model, get_random_states, set_random_states
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
-from fastai.vision.learner import TimmBody, add_head, default_split, model_meta, unet_learner, vision_learner
+from fastai.vision.learner import TimmBody, add_head, default_split, model_meta
 from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
@@ -48,7 +48,7 @@ from .evaluate import KNNAccuracy
 from .images import naming_bad_file
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
-from .precision import Precision, choose_precision
+from .precision import DevicePrecision, choose_precision
 from .views import clean_dl
 
 # %% ../nbs/07_learner.ipynb #2b3c6944
@@ -144,14 +144,15 @@ class ReSSLLearner(Learner):
 
     def to_fp32(self):
         "Training in float32"
-        self.precision.dtype = None
+        if 'precision' in self.__dict__: self.precision.dtype = None
         return super().to_fp32()
 
-    @delegates(Learner.to_contiguous)
-    def to_contiguous(self, **kwargs):
+    def to_contiguous(self, to_fp32=False):
         "The standard layout of maps and weights"
-        self.precision.channels_last = False
-        return super().to_contiguous(**kwargs)
+        if 'precision' in self.__dict__: self.precision.channels_last = False
+        self.model.to(memory_format=torch.contiguous_format)
+        self.remove_cb(ChannelsLast)
+        return self.to_fp32() if to_fp32 else self
 
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):
@@ -244,7 +245,7 @@ def ressl_learner(
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, Precision(*choose_precision(precision, channels_last, dls.device or 'cpu', size)))+L(Guard() if guard else None)+L(cbs)
+    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu')))+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
     if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
     return learn
@@ -360,8 +361,6 @@ def load_encoder(
     return learner_or_model
 
 # %% ../nbs/07_learner.ipynb #c4a10002
-_fixed = 'arch','pretrained','weights','normalize','cut','n_in'
-
 def _hand_over(learn, dls, teacher):
     "A copy of the encoder that was tried on the images of `dls`, and whether its body gives maps"
     (enc,_),x = _pretrained(learn, teacher),first_images(dls)[0]
@@ -369,16 +368,14 @@ def _hand_over(learn, dls, teacher):
     enc = Encoder(set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True), enc.arch, enc.n_in, tuple(x.shape[2:]))
     with torch.no_grad(): return enc,enc[0].eval()(x.to(next(enc.parameters()))).ndim==4
 
-def _options(dls, kwargs):
-    "Number of outputs, then options of the learner; those of the model stay in `kwargs`"
-    if wrong := [k for k in _fixed if k in kwargs]: raise ValueError(f"{', '.join(wrong)} cannot be chosen here: the encoder is taken over as it was pretrained")
-    n_out = kwargs.pop('n_out', None) or get_c(dls)
+def _n_out(dls, n_out):
+    n_out = n_out or get_c(dls)
     if not n_out: raise ValueError("n_out must be given: dls does not tell how many outputs there are")
-    return n_out,{k:kwargs.pop(k) for k in inspect.signature(Learner).parameters if k in kwargs}
+    return n_out
 
-def _as_pretrained(learn, dls, teacher, model, splitter, options):
+def _as_pretrained(learn, dls, teacher, model, splitter, **kwargs):
     "A learner in the state that fastai leaves pretrained weights in"
-    res = Learner(dls, model, **{'splitter':splitter, **options})
+    res = Learner(dls, model, **{'splitter':splitter, **kwargs})
     _same_normalize(dls, _pretrained(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res
@@ -386,33 +383,49 @@ def _as_pretrained(learn, dls, teacher, model, splitter, options):
 
 # %% ../nbs/07_learner.ipynb #c4a10003
 @patch
-@delegates(vision_learner, but=list(_fixed))
+@delegates(Learner.__init__, but=['model'])
 def to_vision_learner(self:Learner,
     dls:DataLoaders, # Images with targets; they get the normalisation of pretraining, another one is refused
     teacher:bool=False, # The teacher's encoder instead of the student's
+    n_out:int=None, # Outputs of the head; default: as `dls` tells
+    custom_head:nn.Module=None, # Instead of fastai's head, from what the body returns to the outputs
+    concat_pool:bool=True, # Average and maximum of the maps, or the average alone
+    lin_ftrs:list=None, # Widths of the head's hidden layers; default: one of 512
+    ps:float=0.5, # Dropout of the head, in [0, 1)
+    first_bn:bool=True, # Batch norm at the head's entrance
+    bn_final:bool=False, # Batch norm at the head's end
+    lin_first:bool=False, # Linear layers before batch norm and dropout
+    y_range:tuple=None, # Smallest and largest output, for regression
+    init=nn.init.kaiming_normal_, # What the head's weights start from
     **kwargs
 ) -> Learner: # As `vision_learner` makes it of pretrained weights: all but the head is frozen, `fine_tune` goes on from there
     "An ordinary fastai learner with a copy of the pretrained encoder"
-    (n_out,options),(enc,maps) = _options(dls, kwargs),_hand_over(self, dls, teacher)
-    model = add_head(enc[0], enc.nf, n_out, head=kwargs.pop('custom_head', None), **{'pool':maps, **kwargs})
-    return _as_pretrained(self, dls, teacher, model, _splitter(enc[0], enc.arch), options)
+    enc,maps = _hand_over(self, dls, teacher)
+    model = add_head(enc[0], enc.nf, _n_out(dls, n_out), init, custom_head, concat_pool, maps, lin_ftrs, ps, first_bn, bn_final, lin_first, y_range)
+    return _as_pretrained(self, dls, teacher, model, _splitter(enc[0], enc.arch), **kwargs)
 
 
 # %% ../nbs/07_learner.ipynb #c4a10004
 @patch
-@delegates(unet_learner, but=[*_fixed, 'config'])
+@delegates(Learner.__init__, but=['model'])
 def to_unet_learner(self:Learner,
     dls:DataLoaders, # Images with masks or images as targets; they get the normalisation of pretraining, another one is refused
     teacher:bool=False, # The teacher's encoder instead of the student's
+    n_out:int=None, # Channels of the output; default: as `dls` tells
+    self_attention:bool=False, # Self-attention on the way up
+    blur:bool=False, # Blur against checkerboards on the way up
+    last_cross:bool=True, # Whether the image itself goes into the last layers
+    bottle:bool=False, # Half the width in the last layers
+    y_range:tuple=None, # Smallest and largest output, for regression
     **kwargs
 ) -> Learner: # As `unet_learner` makes it of pretrained weights: the encoder is frozen, `fine_tune` goes on from there
     "A fastai U-Net around a copy of the pretrained encoder: for torchvision's and fastai's convolutional networks"
-    (n_out,options),(enc,maps) = _options(dls, kwargs),_hand_over(self, dls, teacher)
+    enc,maps = _hand_over(self, dls, teacher)
     body,size = enc[0],tuple(first_images(dls)[0].shape[2:])
     while isinstance(body, nn.Sequential) and len(body)==1: body = body[0]  # all layers in one child, as in DenseNets
     if not maps or not isinstance(body, nn.Sequential) or len({s[2:] for s in model_sizes(body, size)})<2:
         raise ValueError(f"a U-Net needs a body whose children are layers that make the maps smaller step by step, as in ResNets; that of {enc.arch} is a "
                          f"{type(body).__name__}{'' if isinstance(body, nn.Sequential) else ', not an nn.Sequential of such layers'}")
-    splitter = _splitter(body, enc.arch) if body is enc[0] else default_split
-    return _as_pretrained(self, dls, teacher, DynamicUnet(body, n_out, size, **kwargs), splitter, options)
+    model = DynamicUnet(body, _n_out(dls, n_out), size, self_attention=self_attention, blur=blur, last_cross=last_cross, bottle=bottle, y_range=y_range)
+    return _as_pretrained(self, dls, teacher, model, _splitter(body, enc.arch) if body is enc[0] else default_split, **kwargs)
 

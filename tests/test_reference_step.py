@@ -30,7 +30,7 @@ cases = dict(
 def make_learner(**kwargs):
     torch.manual_seed(0)
     dls = digits_dls(8, bs=bs, shuffle=False)
-    kw = dict(weak_tfms=weak, strong_tfms=strong, queue_size=size, n_hidden=32, dim=16, metrics=[], teacher_momentum=0.9,
+    kw = dict(weak_tfms=weak, strong_tfms=strong, queue_size=size, n_hidden=32, dim=16, metrics=[], teacher_momentum=0.9, precision='float32',
               opt_func=partial(SGD, mom=0.9), wd=0., moms=(0.9,0.9,0.9))
     learn = ressl_learner(dls, partial(small_resnet, widen=0.25), **{**kw, **kwargs})
     learn.model.double()

@@ -13,7 +13,6 @@ from ressl_fastai.evaluate import embed
 from ressl_fastai.learner import ReSSLLearner, ressl_learner
 from ressl_fastai.losses import ressl_loss
 from ressl_fastai.models import small_resnet
-from ressl_fastai.precision import Precision
 from test_training import NoBN, fit, make, same, state
 
 def randoms():

@@ -1,0 +1,118 @@
+"Half precision and channels last: in training alone, on the device of the data, with the loss in float32."
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.callback.fp16 import AMPMode
+from fastai.vision.all import Callback, MixedPrecision, SGD
+
+from ressl_fastai import precision as P
+from ressl_fastai.callback import ReSSL
+from ressl_fastai.data import digits_dls
+from ressl_fastai.evaluate import embed
+from ressl_fastai.models import small_resnet
+from ressl_fastai.precision import DevicePrecision, choose_precision
+from test_training import fit, make, same, state
+
+resnet = partial(small_resnet, widen=0.125)
+def few(**kwargs): return make(digits_dls(8, bs=256), resnet, **kwargs)
+
+class Watch(Callback):
+    "What a step of training and a step of validation compute in"
+    order = ReSSL.order+3
+    def before_fit(self):
+        self.seen,self.losses = {},set()
+        net = self.model
+        self.hooks = [m.register_forward_hook(partial(self.note, nm)) for nm,m in (('student',net.projector), ('teacher',net.teacher[1]))]
+    def note(self, nm, m, x, out): self.seen.setdefault((nm,self.training), set()).add(out.dtype); self.last = x[0]
+    def after_loss(self): self.losses.add((self.loss.dtype,self.ressl.z_teacher.dtype,self.pred.dtype,torch.is_autocast_enabled('cpu')))
+    def after_fit(self): [h.remove() for h in self.hooks]
+
+def watched(learn, **kwargs):
+    watch = Watch()
+    fit(learn, cbs=watch, **kwargs)
+    assert watch.losses=={(torch.float32,torch.float32,torch.float32,False)}
+    assert all(watch.seen[nm,False]=={torch.float32} for nm in ('student','teacher'))  # validation is exact
+    assert watch.seen['student',True]==watch.seen['teacher',True]
+    return watch.seen['student',True].pop()
+
+half = dict(asked=lambda: few(precision='bfloat16'), to_bf16=lambda: few().to_bf16(), callback=lambda: few(cbs=MixedPrecision('bf16')),
+    channelslast=lambda: few().to_channelslast(amp_mode=AMPMode.BF16))
+full = dict(asked=lambda: few(precision='float32'), to_fp32=lambda: few(precision='bfloat16').to_fp32(), back=lambda: few(precision='bfloat16').to_bf16().to_fp32(),
+    contiguous=lambda: few(precision='bfloat16').to_bf16().to_contiguous(to_fp32=True))
+
+@pytest.mark.parametrize('nm', half)
+def test_d12_bfloat16_on_the_cpu(nm): assert watched(half[nm]())==torch.bfloat16
+
+@pytest.mark.parametrize('nm', full)
+def test_float32_on_request(nm): assert watched(full[nm]())==torch.float32
+
+@pytest.mark.filterwarnings('ignore:float16 is slow')
+def test_d19_fp16_overflow_on_the_cpu_changes_neither_teacher_nor_queue():
+    "A real overflow, with the gradient scaler of the device: the first steps overflow at a scale of 2**30, later ones do not"
+    learn = make(digits_dls(8, bs=256), cbs=MixedPrecision('fp16', init_scale=2.**30, backoff_factor=2.**-6), opt_func=partial(SGD, mom=0.))
+    class Steps(Callback):
+        order = MixedPrecision.order+20
+        def before_fit(self): self.done,self.skipped = 0,0
+        def before_batch(self): self.before = state(self.learn)
+        def moved(self): return {k for k,v in state(self.learn).items() if not torch.equal(v, self.before[k]) and not ('running' in k or 'batches' in k)}
+        def after_cancel_step(self): self.skipped += 1; self.skip = True
+        def after_batch(self):
+            if not self.training: return
+            moved = self.moved()
+            if self.mixed_precision.skipped: assert not moved
+            else:
+                self.done += 1
+                assert {'queue.feats','queue.ptr'}<=moved and any('teacher' in k for k in moved)
+    steps = Steps()
+    fit(learn, 5, cbs=steps)
+    assert steps.skipped>1 and steps.done>3 and np.isfinite(learn.recorder.values[-1]).all()
+    assert all(v.isfinite().all() for v in state(learn).values())
+    assert watched(make(digits_dls(8, bs=512)).to_fp16())==torch.float16
+
+def test_autocast_follows_the_device_of_the_images():
+    net = few().model.train()
+    net.half_dtype = torch.bfloat16
+    with net.autocast(torch.rand(1)) as a: assert a.device=='cpu' and torch.is_autocast_enabled('cpu')
+    assert net.autocast(type('Image', (), {'device':torch.device('cuda')})()).device=='cuda'
+    with net.eval().autocast(torch.rand(1)): assert not torch.is_autocast_enabled('cpu')
+
+def test_other_learners_keep_fastais_mixed_precision():
+    from fastai.test_utils import synth_learner
+    learn = synth_learner(cbs=MixedPrecision('bf16'))
+    class Look(Callback):
+        order = 60
+        def after_batch(self): self.device = self.mixed_precision.autocast.device
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(look := Look()))
+    assert look.device=='cuda'
+
+def test_channels_last_in_student_and_teacher_and_the_same_training():
+    def run(channels_last):
+        learn = few(channels_last=channels_last, precision='float32')
+        before = state(fit(learn))
+        convs = [m.weight for m in learn.model.modules() if isinstance(m, torch.nn.Conv2d) and min(m.weight.shape[1:])>1]
+        assert len(convs)>10 and {w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in convs}=={channels_last}
+        return before
+    a,b = run(False),run(True)
+    assert max((a[k].double()-b[k]).abs().max() for k in a)<1e-2
+
+def test_what_is_measured_is_measured_in_float32():
+    "embed, kNN and validation do not depend on the precision of training"
+    learn = fit(few(precision='bfloat16'))
+    a,loss = embed(learn)[0],learn.validate()[0]
+    learn.to_fp32()
+    assert torch.equal(a, embed(learn)[0]) and loss==learn.validate()[0]
+    with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(a, embed(learn)[0])  # control
+
+def test_auto_asks_the_processor(monkeypatch):
+    has = P.has_bfloat16
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx2':True})
+    assert not has('cpu') and choose_precision('auto', 'auto', 'cpu')==(None,True)
+    assert choose_precision('bfloat16', True, 'cpu')==(torch.bfloat16,True)  # who asks gets it
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16':True})
+    assert has('cpu') and choose_precision('auto', 'auto', 'cpu')==(torch.bfloat16,True)
+    assert choose_precision('auto', 'auto', 'meta')==(None,False) and choose_precision('float32', False, 'cpu')==(None,False)
+    assert not has('meta') and not has('mps')
+
+def test_impossible_arguments_are_refused():
+    for kw,text in ((dict(precision='half'), "precision must be 'auto'"), (dict(precision=None), 'precision must be'), (dict(channels_last='yes'), 'channels_last must be')):
+        with pytest.raises(ValueError, match=text): few(**kw)
