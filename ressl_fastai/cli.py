@@ -12,14 +12,14 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 __all__ = ['defaults', 'digits_defaults', 'find_data', 'find_images', 'folder_dls', 'new_folder', 'pixel_knn', 'ressl_pretrain']
 
 # %% ../nbs/12_cli.ipynb #17a0ea39
-import json, platform, shlex, shutil, sys, warnings
+import json, shlex, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*', category=FutureWarning)  # fastai's layers, on import
 
-import fastai, torch, torchvision
 import matplotlib.pyplot as plt
+import torch
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import fit_one_cycle  # puts it on Learner
 from fastai.data.block import CategoryBlock, DataBlock
@@ -35,7 +35,6 @@ from fastcore.foundation import L
 from fastcore.script import CliError, call_parse
 from torch import Tensor
 
-from . import __version__
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint, hold
 from .data import digits_dls
@@ -43,6 +42,7 @@ from .evaluate import KNNAccuracy, embed, knn_accuracy
 from .learner import ressl_learner
 from .models import get_arch
 from .recipes import recipe as make_recipe
+from .report import versions  # and puts `report` on Learner
 from .views import clean_dl, strong_tfms, weak_tfms
 
 # %% ../nbs/12_cli.ipynb #1336a023
@@ -130,10 +130,6 @@ def _positive(**kwargs):
     for nm,val in kwargs.items():
         if val is not None and not val>0: raise ValueError(f"{nm} must be greater than 0, got {val}")
 
-def _versions():
-    return dict(ressl_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
-                python=platform.python_version(), device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine())
-
 # %% ../nbs/12_cli.ipynb #9e57f51c
 def pixel_knn(
     dls:DataLoaders # `DataLoaders` with one category per image
@@ -181,7 +177,7 @@ def ressl_pretrain(
     num_workers:int=None, # Processes that load images; as many as cores if not given
     seed:int=42 # For weights, views, batches and the choice of held-out images
 ):
-    "Pretrain an image encoder without labels (ReSSL) and write encoder.pth, history.csv, views.png, curves.png and config.json"
+    "Pretrain an image encoder without labels (ReSSL) and write encoder.pth, report.html, history.csv, views.png, curves.png and config.json"
     args = {k:v for k,v in locals().items() if k not in ('data','out')}
     if not recipe: args = {k:digits_defaults.get(k) if v is None and data=='digits' else defaults.get(k) if v is None else v for k,v in args.items()}
     out = out or f"ressl-{Path(data).name}"
@@ -229,7 +225,7 @@ def _write_json(path, o):
 def _config(learn, data, args):
     "What a run is, for `config.json`"
     flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
-    return dict(command=shlex.join(['ressl_pretrain', data, *flags]), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=_versions())
+    return dict(command=shlex.join(['ressl_pretrain', data, *flags]), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=versions())
 
 def _run(learn, fit, out, config):
     "Train `learn`, or go on with it, and write everything to `out`"
@@ -255,5 +251,6 @@ def _run(learn, fit, out, config):
         print(f"\nkNN accuracy on the {learn.dls.valid.n} held-out images")
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
         _write_json(out/'config.json', config)
+    learn.report(command=config['command'])
     shutil.rmtree(kept)
-    print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}")
+    print(f"\nreport:   {out/'report.html'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}")
