@@ -41,7 +41,7 @@ from .interpret import _classes, _embeddings, _name, _pictures, _spread, find_du
 from .label_efficiency import label_efficiency, pixel_features, plot_labels
 from .learner import first_images
 from .models import ReSSLModel, get_arch
-from .precision import Precision
+from .precision import DevicePrecision
 from .recipes import _show
 from .views import RandomView
 
@@ -191,7 +191,7 @@ def _model_rows(model):
             ('predictor', _size(model.predictor) if len(model.predictor) else 'none'), ('queue', f'{model.queue.size:,} embeddings of width {model.queue.feats.shape[1]}')]
 
 def _training_rows(learn):
-    ressl,history,precision = learn.ressl,_history(learn),first(o for o in learn.cbs if isinstance(o, Precision))
+    ressl,history,precision = learn.ressl,_history(learn),first(o for o in learn.cbs if isinstance(o, DevicePrecision))
     return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', _show(learn.opt_func)),
             ('learning rate', f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else _show(learn.lr)), ('weight decay', _show(learn.opt.hypers[0].get('wd')) if learn.opt else _show(learn.wd)),
             ('temperatures', f'student {_show(ressl.student_temp)}, teacher {_schedule(ressl.teacher_temp)}'), ('teacher momentum', _schedule(ressl.teacher_momentum)),
