@@ -34,7 +34,7 @@ from torch import Tensor
 from . import __version__
 from .callback import ReSSL, get_normalize
 from .models import ReSSLModel
-from .precision import Precision
+from .precision import DevicePrecision
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00007
 def _is_scalar(o): return isinstance(o, Tensor) and o.ndim==0
@@ -167,7 +167,7 @@ def _settings(learn):
     res |= {f'schedule of {k}':_curve(f) for k,f in scheds.items()}
     for cb in learn.cbs:
         if isinstance(cb, ReSSL): res |= {k:_curve(v) if k.startswith('teacher') else v for k,v in _arguments(cb).items()}
-        elif isinstance(cb, (Precision,MixedPrecision,GradientAccumulation,GradientClip)): res |= {f'{cb.name}.{k}':v for k,v in _arguments(cb).items()}
+        elif isinstance(cb, (DevicePrecision,MixedPrecision,GradientAccumulation,GradientClip)): res |= {f'{cb.name}.{k}':v for k,v in _arguments(cb).items()}
     return {k:_show(v) for k,v in res.items()}
 
 def _differences(old, new):
