@@ -87,13 +87,13 @@ def test_other_learners_keep_fastais_mixed_precision():
 
 def test_channels_last_in_student_and_teacher_and_the_same_training():
     def run(channels_last):
-        learn = few(channels_last=channels_last, precision='float32')
-        before = state(fit(learn))
+        learn = few(channels_last=channels_last, precision='float32', opt_func=partial(SGD, mom=0.))  # Adam would divide rounding by itself
+        after = state(fit(learn, lr=1e-2))
         convs = [m.weight for m in learn.model.modules() if isinstance(m, torch.nn.Conv2d) and min(m.weight.shape[1:])>1]
         assert len(convs)>10 and {w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in convs}=={channels_last}
-        return before
+        return after
     a,b = run(False),run(True)
-    assert max((a[k].double()-b[k]).abs().max() for k in a)<1e-2
+    assert max((a[k].double()-b[k]).abs().max() for k in a)<1e-3
 
 def test_what_is_measured_is_measured_in_float32():
     "embed, kNN and validation do not depend on the precision of training"
