@@ -99,9 +99,9 @@ def _name(dl, c):
     return str(int(c)) if vocab is None else str(vocab[int(c)])
 
 def _frame(dl, index, **columns):
-    "A data frame of the items at `index`; those of a data frame keep their columns"
-    index = [int(i) for i in index]
-    items = dl.items.iloc[index].reset_index(drop=True) if hasattr(dl.items, 'iloc') else pd.DataFrame({'path': list(L(dl.items)[index])})
+    "A data frame of the items at `index`; those of a data frame keep their columns, data sets without items have their positions"
+    index,items = [int(i) for i in index],getattr(dl, 'items', range(dl.n))
+    items = items.iloc[index].reset_index(drop=True) if hasattr(items, 'iloc') else pd.DataFrame({'path': list(L(items)[index])})
     return pd.concat([pd.DataFrame({'index':index}), items, pd.DataFrame(columns)], axis=1)
 
 # %% ../nbs/11_interpret.ipynb #589c92fc

@@ -54,7 +54,8 @@ from .views import clean_dl
 # %% ../nbs/07_learner.ipynb #2b3c6944
 def _check_depth(ds):
     "Refuse images of 16 bits where fastai would cut them off at 255"
-    f,item = ifnone(getattr(ds, 'items', None), [])[:1],ds[0]
+    items,item = getattr(ds, 'items', None),ds[0]
+    f = [] if items is None or hasattr(items, 'iloc') else items[:1]  # a table's rows are no files
     im = item[0] if isinstance(item, tuple) else item
     if type(im) in (PILImage,PILImageBW) and len(f) and isinstance(f[0], (str,Path)) and Image.open(f[0]).mode.startswith('I'):
         raise ValueError(f"{f[0]} has 16 bits per pixel, of which {type(im).__name__} keeps what is below 256: use ImageBlock(PILImage16)")

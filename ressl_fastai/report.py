@@ -37,11 +37,11 @@ from . import __version__
 from .callback import get_normalize
 from .evaluate import embed, knn_accuracy, linear_accuracy
 from .health import Guard, HealthMonitor
-from .interpret import _classes, _embeddings, _name, _pictures, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors, suggest_labels
+from .interpret import (_classes, _embeddings, _name, _pictures, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors,
+                                    suggest_labels)
 from .label_efficiency import label_efficiency, pixel_features, plot_labels
 from .learner import first_images
 from .models import ReSSLModel, get_arch
-from .precision import DevicePrecision
 from .recipes import _show
 from .views import RandomView
 
@@ -63,7 +63,7 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; padding-top: .8rem; border-top: 
 p { max-width: 46rem; margin: .4rem 0; }
 a { color: inherit; }
 nav { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .8rem 0; font-size: .9rem; }
-.quiet, figcaption { color: var(--quiet); font-size: .9rem; }
+.quiet { color: var(--quiet); font-size: .9rem; }
 .warn { color: var(--warn); font-weight: 600; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .facts div { padding: .6rem .8rem; border-radius: .5rem; background: var(--card); }
@@ -92,12 +92,15 @@ pre { overflow-x: auto; padding: .8rem; border-radius: .5rem; background: var(--
 {% if s.text %}<p>{{ s.text }}</p>
 {% endif %}{% if s.missing %}<p class="quiet">Left out: {{ s.missing }}.</p>
 {% endif %}{% if s.figures %}<div class="figures">
-{% for f in s.figures %}<figure><img src="{{ f.src }}" width="{{ f.width }}" alt="{{ f.alt }}">{% if f.caption %}<figcaption>{{ f.caption }}</figcaption>{% endif %}</figure>
+{% for f in s.figures %}<figure><img src="{{ f.src }}" width="{{ f.width }}" alt="{{ f.alt }}"></figure>
 {% endfor %}</div>
 {% endif %}{% if s.rows %}<div class="wide"><table>
 {% if s.head %}<thead><tr>{% for o in s.head %}<th>{{ o }}</th>{% endfor %}</tr></thead>
 {% endif %}<tbody>
-{% for row in s.rows %}<tr>{% for o in row %}{% if o.src %}<td><img class="thumb" src="{{ o.src }}" alt="{{ o.alt }}"></td>{% elif loop.first %}<th scope="row">{{ o }}</th>{% else %}<td>{{ o }}</td>{% endif %}{% endfor %}</tr>
+{% for row in s.rows %}<tr>
+{%- for o in row %}{% if o.src %}<td><img class="thumb" src="{{ o.src }}" alt="{{ o.alt }}"></td>
+{%- elif loop.first %}<th scope="row">{{ o }}</th>{% else %}<td>{{ o }}</td>{% endif %}{% endfor -%}
+</tr>
 {% endfor %}</tbody>
 </table></div>
 {% endif %}{% if s.code %}<pre><code>{{ s.code }}</code></pre>
@@ -120,7 +123,7 @@ def _src(im):
     im.save(buf, 'PNG', optimize=True)
     return f'data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}'
 
-def _figure(draw, alt, *args, caption='', **kwargs):
+def _figure(draw, alt, *args, **kwargs):
     "What `draw` draws with pyplot, for the template; the figure is closed"
     with plt.style.context('default'), plt.ioff():
         draw(*args, **kwargs)
@@ -128,7 +131,7 @@ def _figure(draw, alt, *args, caption='', **kwargs):
         fig.savefig(buf, dpi=192, bbox_inches='tight' if fig.get_layout_engine() is None else None)
         plt.close(fig)
     im = Image.open(buf).convert('RGB')
-    return dict(src=_src(im.quantize(255)), width=im.width//2, alt=alt, caption=caption)
+    return dict(src=_src(im.quantize(255)), width=im.width//2, alt=alt)
 
 def _lines(title, **ys):
     "One line for each list, counted from 1"
@@ -170,8 +173,8 @@ def _look(learn, n, command=None):
 # %% ../nbs/11b_report.ipynb #rp20ver
 def versions() -> dict: # By name; 'device' is the GPU or the processor
     "What a run depends on"
-    return dict(ressl_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine())
+    return dict(ressl_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__, torchvision=torchvision.__version__,
+                python=platform.python_version(), device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine())
 
 # %% ../nbs/11b_report.ipynb #rp21run
 def _size(m): return f'{sum(p.numel() for p in m.parameters()):,} parameters'
@@ -179,7 +182,8 @@ def _schedule(o): return f'{o(0.):.4g} at first, {o(1.):.4g} at last' if callabl
 def _view(o): return ', '.join(f'{k} {_show(v)}' for k,v in vars(o).items() if not k.startswith('_')) if isinstance(o, RandomView) else _show(o)
 
 def _data_rows(learn, seen):
-    x,norm,classes = first_images(learn.dls, 1)[0],get_normalize(learn.dls),[] if seen.y is None else [_name(seen.dl, c) for c in seen.y.unique()]
+    x,norm = first_images(learn.dls, 1)[0],get_normalize(learn.dls)
+    classes = [] if seen.y is None else [_name(seen.dl, c) for c in seen.y.unique()]
     return [('images', f'{learn.dls.train.n:,} for training, {learn.dls.valid.n:,} for validation'), ('folder', learn.dls.path.absolute()),
             ('size', f"{x.shape[2]} x {x.shape[3]} pixels, {x.shape[1]} channel{'s'*(x.shape[1]>1)}"),
             ('classes', f"{len(classes)}: {', '.join(classes[:20])}{' ...'*(len(classes)>20)}" if classes else 'none'),
@@ -188,15 +192,18 @@ def _data_rows(learn, seen):
 def _model_rows(model):
     enc = model.encoder
     return [('encoder', f'{enc.arch}, stem {enc.stem}, {enc.nf:,} features, {_size(enc)}'), ('projector', _size(model.projector)),
-            ('predictor', _size(model.predictor) if len(model.predictor) else 'none'), ('queue', f'{model.queue.size:,} embeddings of width {model.queue.feats.shape[1]}')]
+            ('predictor', _size(model.predictor) if len(model.predictor) else 'none'),
+            ('queue', f'{model.queue.size:,} embeddings of width {model.queue.feats.shape[1]}')]
 
 def _training_rows(learn):
-    ressl,history,precision = learn.ressl,_history(learn),first(o for o in learn.cbs if isinstance(o, DevicePrecision))
+    ressl,history = learn.ressl,_history(learn)
     return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', _show(learn.opt_func)),
-            ('learning rate', f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else _show(learn.lr)), ('weight decay', _show(learn.opt.hypers[0].get('wd')) if learn.opt else _show(learn.wd)),
-            ('temperatures', f'student {_show(ressl.student_temp)}, teacher {_schedule(ressl.teacher_temp)}'), ('teacher momentum', _schedule(ressl.teacher_momentum)),
-            ('InfoNCE at first', _show(ressl.warmup) if ressl.warmup else 'no'), ('weak views', _view(ressl.weak_tfms)),
-            ('strong views', '; '.join(map(_view, listify(ressl.strong_tfms)))), ('precision', precision or 'not chosen'), ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
+            ('learning rate', f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else _show(learn.lr)),
+            ('weight decay', _show(learn.opt.hypers[0].get('wd') if learn.opt else learn.wd)),
+            ('temperatures', f'student {_show(ressl.student_temp)}, teacher {_schedule(ressl.teacher_temp)}'),
+            ('teacher momentum', _schedule(ressl.teacher_momentum)), ('InfoNCE at first', _show(ressl.warmup) if ressl.warmup else 'no'),
+            ('weak views', _view(ressl.weak_tfms)), ('strong views', '; '.join(map(_view, listify(ressl.strong_tfms)))),
+            ('precision', getattr(learn, 'precision', 'not chosen')), ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
 
 def _history(learn):
     "One row for each epoch of the last `fit`; none after `lr_find` or `validate`"
@@ -213,10 +220,12 @@ def _what_was_run(learn, seen):
 def _curves(learn, seen):
     history = _history(learn)
     if history.empty: raise ValueError("nothing was trained with this learner since it was made")
-    losses,others = [o for o in history if o.endswith('_loss')],[o for o in history if not o.endswith('_loss') and o not in HealthMonitor.names]
-    figs = [('loss by epoch', history[losses]), *((f'{o} by epoch', history[[o]]) for o in others), ('learning rate by step', dict(lr=learn.recorder.lrs))]
+    others = [o for o in history if not o.endswith('_loss') and o not in HealthMonitor.names]
+    figs = [('loss by epoch', history[[o for o in history if o.endswith('_loss')]]), *((f'{o} by epoch', history[[o]]) for o in others),
+            ('learning rate by step', dict(lr=learn.recorder.lrs))]
     return dict(figures=[_figure(_lines, title, title, **ys) for title,ys in figs],
-                text="Each step's loss is measured against a teacher that moves and sharpens: it need not fall for the encoder to get better, and a low one is no proof.")
+                text="The loss is measured against a teacher that moves and sharpens: it need not fall for the encoder to get better, "
+                     "and a low one is no proof.")
 
 # %% ../nbs/11b_report.ipynb #rp27hea
 _meaning = dict(
@@ -240,7 +249,8 @@ def _health(learn, seen):
     if not len(get_model(learn.model).queue.filled): raise ValueError("nothing was trained yet, the queue is empty")
     history = first(o.history for o in learn.cbs if isinstance(o, HealthMonitor) and o.history)
     now = history[-1] if history else _measured(learn, seen.valid)
-    return dict(text="Measures that need no labels, on clean validation images at the end.", rows=[(nm, f'{v:.4g}', _meaning[nm]) for nm,v in now.items()],
+    return dict(text="Measures that need no labels, on clean validation images at the end.",
+                rows=[(nm, f'{v:.4g}', _meaning[nm]) for nm,v in now.items()],
                 figures=[_figure(_lines, nm, nm, **{nm:[o[nm] for o in history]}) for nm in HealthMonitor.names] if history else [],
                 facts=[(nm.replace('_', ' '), f'{now[nm]:.3g}') for nm in ('feature_std','effective_rank')])
 
@@ -251,8 +261,10 @@ def _accuracy(learn, seen):
     pairs = {'raw pixels': [pixel_features(o)[0] for o in (seen.dl, seen.valid)], 'student': (seen.features[0], embed(learn, seen.valid)[0]),
              'teacher': [embed(learn, o, teacher=True)[0] for o in (seen.dl, seen.valid)]}
     knn = {nm:f'{knn_accuracy(a, seen.y, b, y):.3f}' for nm,(a,b) in pairs.items()}
-    return dict(head=('', 'nearest neighbours', 'linear'), rows=[(nm, knn[nm], f"{linear_accuracy(a, seen.y, b, y)['top1']:.3f}") for nm,(a,b) in pairs.items()],
-                text=f"On {seen.valid.n:,} validation images, with the labels of {seen.dl.n:,} training images; pretraining saw none. Features that do not beat raw pixels are of no use here.",
+    return dict(head=('', 'nearest neighbours', 'linear'),
+                rows=[(nm, knn[nm], f"{linear_accuracy(a, seen.y, b, y)['top1']:.3f}") for nm,(a,b) in pairs.items()],
+                text=f"On {seen.valid.n:,} validation images, with the labels of {seen.dl.n:,} training images; pretraining saw none. "
+                     "Features that do not beat raw pixels are of no use here.",
                 facts=[('nearest-neighbour accuracy', knn['student']), ('that of raw pixels', knn['raw pixels'])])
 
 def _few_labels(learn, seen):
@@ -260,7 +272,8 @@ def _few_labels(learn, seen):
     dls,least = DataLoaders(seen.dl, seen.valid),seen.y.unique(return_counts=True)[1].min()
     df = label_efficiency(learn, dls, [o for o in (1,5,25) if o<=least], rows=('frozen features','raw pixels'))
     return dict(figures=[_figure(plot_labels, 'accuracy by labels per class', df)],
-                text="Accuracy of a linear classifier that has few labels, with 95 % intervals over three draws. label_efficiency(learn, dls) compares fine-tuning and training from scratch too.")
+                text="Accuracy of a linear classifier that has few labels, with 95 % intervals over three draws. "
+                     "label_efficiency(learn, dls) compares fine-tuning and training from scratch too.")
 
 # %% ../nbs/11b_report.ipynb #rp30see
 def _enough(seen, n):
@@ -268,7 +281,8 @@ def _enough(seen, n):
 
 def _views(learn, seen):
     return dict(figures=[_figure(learn.show_views, 'images and their views', 6, 0.8)],
-                text="What training shows of an image: weak views to the teacher, strong ones to the student. A strong view should be hard to recognise, not impossible.")
+                text="What training shows of an image: weak views to the teacher, strong ones to the student. "
+                     "A strong view should be hard to recognise, not impossible.")
 
 def _relations(learn, seen):
     _enough(seen, 7)
@@ -282,12 +296,14 @@ def _neighbours(learn, seen):
                 text=f"Each row is an image and those with the most similar features, with the cosine.{frames}")
 
 def _draw_map(learn, seen):
-    plot_embeddings(learn, n=1000, thumbnails=0 if seen.y is not None else 40, ax=plt.subplots(figsize=(4.6,3.6))[1], dl=seen.dl, features=seen.features)
+    ax = plt.subplots(figsize=(4.6,3.6))[1]
+    plot_embeddings(learn, n=1000, thumbnails=40 if seen.y is None else 0, ax=ax, dl=seen.dl, features=seen.features)
 
 def _map(learn, seen):
     _enough(seen, 7)
     return dict(figures=[_figure(_draw_map, 'map of the features', learn, seen)],
-                text="The features in two dimensions (t-SNE). Which images are together says something, how far groups are apart and how large they look does not.")
+                text="The features in two dimensions (t-SNE). Which images are together says something, "
+                     "how far groups are apart and how large they look does not.")
 
 # %% ../nbs/11b_report.ipynb #rp32list
 def _listed(seen, idxs): return zip(_thumbs(seen.dl, idxs), (seen.names[i] for i in idxs))
@@ -298,19 +314,22 @@ def _duplicates(learn, seen):
     top,n = pairs.head(8),len(pairs)
     images = (_listed(seen, top[o].tolist()) for o in ('index','other_index'))
     return dict(rows=[(*a, *b, f'{s:.4f}') for a,b,s in zip(*images, top.similarity)], head=('image', '', 'other image', '', 'cosine'),
-                text=f"Pairs of training images whose features have a cosine of 0.995 or more: {f'the first 8 of {n:,}' if n>8 else n or 'none'}. find_duplicates(learn) lists all.")
+                text="Pairs of training images whose features have a cosine of 0.995 or more: "
+                     f"{f'the first 8 of {n:,}' if n>8 else n or 'none'}. find_duplicates(learn) lists all.")
 
 def _outliers(learn, seen):
     _enough(seen, 12)
     top = find_outliers(learn, dl=seen.dl, features=seen.features).head(8)
     return dict(rows=[(*image, f'{s:.3f}') for image,s in zip(_listed(seen, top['index'].tolist()), top.score)], head=('image', '', 'score'),
-                text="The training images least like any other: broken, out of place, or merely rare. The score is the mean cosine distance to the ten nearest. find_outliers(learn) ranks all.")
+                text="The training images least like any other: broken, out of place, or merely rare. "
+                     "The score is the mean cosine distance to the ten nearest. find_outliers(learn) ranks all.")
 
 def _what_to_label_first(learn, seen):
     if seen.y is not None: raise ValueError("the images have labels")
     _enough(seen, 40)
     top = suggest_labels(learn, 20, dl=seen.dl, features=seen.features)
-    return dict(rows=[(*image, n) for image,n in zip(_listed(seen, top['index'].tolist()), top['size'])], head=('image', '', 'in its cluster'),
+    return dict(rows=[(*image, n) for image,n in zip(_listed(seen, top['index'].tolist()), top['size'])],
+                head=('image', '', 'in its cluster'),
                 text="Typical images, spread over the data, best first. suggest_labels(learn, n) gives as many as can be labelled.")
 
 # %% ../nbs/11b_report.ipynb #rp34use
@@ -324,14 +343,16 @@ def _how_to_use_it(learn, seen):
     enc,file = get_model(learn.model).encoder,(learn.path/learn.model_dir/'encoder.pth').absolute()
     arch,before = _arch_code(enc.arch)
     save = '' if file.exists() else f"learn.save_encoder({str(file)!r})  # in the session that trained\n\n"
-    return dict(text="An ordinary fastai learner with the pretrained encoder. labelled_dls: DataLoaders of labelled images, without Normalize, which the encoder brings along.",
+    return dict(text="An ordinary fastai learner with the pretrained encoder. "
+                     "labelled_dls: DataLoaders of labelled images, without Normalize, which the encoder brings along.",
         code=f"""{save}from ressl_fastai.all import *
 {before}clf = vision_learner(labelled_dls, {arch}, pretrained=False, normalize=False, n_in={enc.n_in}, metrics=accuracy)
 load_encoder(clf, {str(file)!r})
 clf.fine_tune(10)""")
 
 # %% ../nbs/11b_report.ipynb #rp37rep
-_sections = (_what_was_run, _curves, _accuracy, _few_labels, _health, _views, _relations, _neighbours, _map, _duplicates, _outliers, _what_to_label_first, _how_to_use_it)
+_sections = (_what_was_run, _curves, _accuracy, _few_labels, _health, _views, _relations, _neighbours, _map, _duplicates, _outliers,
+             _what_to_label_first, _how_to_use_it)
 
 def _made(section, learn, seen):
     "The section, or why there is none"
@@ -348,14 +369,16 @@ def report(self:Learner,
 ) -> Path: # Where it is
     "Write a page about this training: settings, curves, health, pictures, accuracies and how to use the encoder"
     model = get_model(self.model)
-    if not (isinstance(model, ReSSLModel) and hasattr(self, 'ressl')): raise ValueError(f"report needs a ressl_learner, with its ReSSL callback; the model is a {type(model).__name__}")
+    if not (isinstance(model, ReSSLModel) and hasattr(self, 'ressl')):
+        raise ValueError(f"report needs a ressl_learner, with its ReSSL callback; the model is a {type(model).__name__}")
     if not isinstance(n, int) or n<2: raise ValueError(f"n must be a whole number of at least 2, got {n!r}")
     file = Path(self.path)/file
     if not file.parent.is_dir(): raise ValueError(f"file must be in a folder that exists, there is no {file.parent}")
     with no_random():
         seen = _look(self, n, command)
         sections = [_made(o, self, seen) for o in _sections]
-    page = render(title=title or f'{model.encoder.arch}, pretrained on {self.dls.train.n:,} images', subtitle=f"ressl_fastai {__version__}, {datetime.now():%Y-%m-%d %H:%M}",
-                  sections=sections, facts=[o for s in sections for o in s.get('facts', ())], alarms=[o for cb in self.cbs if isinstance(cb, Guard) for o in cb.alarms])
+    page = render(title=title or f'{model.encoder.arch}, pretrained on {self.dls.train.n:,} images',
+                  subtitle=f"ressl_fastai {__version__}, {datetime.now():%Y-%m-%d %H:%M}", alarms=[o for cb in self.cbs if isinstance(cb, Guard) for o in cb.alarms],
+                  sections=sections, facts=[o for s in sections for o in s.get('facts', ())])
     (aside := file.with_name(file.name+'.part')).write_text(page, encoding='utf-8', errors='replace')
     return aside.replace(file)  # an older page stays whole until the new one is

@@ -113,7 +113,7 @@ def test_class_folders_give_a_whole_result(runs):
     assert runs.classes.returncode==0, runs.classes.stderr
     assert all_files(runs.tmp/'out')=={'notes.txt': b'mine'}          # what was there is left alone,
     out = runs.tmp/'out-2'                                              # the results lie beside it
-    assert sorted(all_files(out))==['config.json','curves.png','encoder.pth','history.csv','views.png']
+    assert sorted(all_files(out))==['config.json','curves.png','encoder.pth','history.csv','report.html','views.png']
     history = pd.read_csv(out/'history.csv')
     assert list(history.columns[:4])==['epoch','train_loss','valid_loss','knn_accuracy'] and len(history)==2 and history.notna().all(axis=None)
     for nm in ('views','curves'):

@@ -170,9 +170,8 @@ def test_data_of_any_kind_and_size(tmp_path):
 
 def test_a_learner_that_has_not_trained_or_is_broken(tmp_path):
     learn = ressl_learner(digits_dls(8), NoBN(), queue_size=64, n_hidden=16, dim=8, path=tmp_path)
-    assert {'Curves', 'Health'} <= left_out(learn.report(n=30).read_text())
     learn.model.encoder[0][0].weight.data.fill_(torch.nan)
-    assert {'Accuracy', 'Map'} <= left_out(learn.report(n=30).read_text())
+    assert left_out(learn.report(n=30).read_text()) >= {'Curves', 'Health', 'Accuracy', 'Map'}
     with pytest.raises(ValueError, match='n must be'): learn.report(n=1)
     with pytest.raises(ValueError, match='in a folder that exists'): learn.report('no/such.html')
     learn.remove_cb(learn.ressl)
