@@ -122,12 +122,12 @@ def syncs(learn, n=2):
     with profile() as prof: steps(learn, n)
     return {k:e.count/(n+1) for k in ('aten::item','aten::nonzero') for e in prof.key_averages() if e.key==k}
 
-def run(name, precision):
+def run(name, precision, rounds):
     config = configs[name]
     learn = make(name, precision, **config)
     steps(learn, 1)                                            # fills the queue, makes the optimizer
     floor = Floor(learn, precision)
-    ours,bare = measure(learn, floor, config['steps'], config.get('rounds', 7))
+    ours,bare = measure(learn, floor, config['steps'], rounds or config.get('rounds', 7))
     bs = learn.dls.train.bs
     receipt('step', 0, config=name, precision=precision, layout='channels_last' if learn.precision.channels_last else 'contiguous', bs=bs, size=config['size'],
             images_per_second=round(bs/statistics.median(ours), 1), floor_images_per_second=round(bs/statistics.median(bare), 1), times_the_floor=ratio(ours, bare),
@@ -138,6 +138,7 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('configs', nargs='*', default=['resnet18_32','resnet18_64'], help=', '.join(configs))
     p.add_argument('--precision', nargs='+', default=['bfloat16','float32'], choices=['bfloat16','float32'])
+    p.add_argument('--rounds', type=int, help="default: 7, 3 for resnet50")
     args = p.parse_args()
     for name in args.configs:
-        for precision in args.precision: run(name, precision)
+        for precision in args.precision: run(name, precision, args.rounds)
