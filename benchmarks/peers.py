@@ -71,7 +71,7 @@ def self_supervised(x, size):
     dls = DataBlock((ImageBlock(PILImage),), get_x=pil.__getitem__, splitter=lambda o: (list(range(len(o))),[]), batch_tfms=[Normalize.from_stats(*imagenet_stats, cuda=False)]
         ).dataloaders(range(len(x)), bs=bs, num_workers=0)
     pipelines = get_moco_aug_pipelines(size=size, rotate=False, stats=imagenet_stats, cuda=False)
-    learn = Learner(dls, create_moco_model(nn.Sequential(encoder(size), nn.Flatten()), 512, 128), cbs=[MOCO(pipelines, K=queue_size)])
+    learn = Learner(dls, create_moco_model(nn.Sequential(encoder(size), nn.Flatten()), 512, 128), loss_func=nn.MSELoss(), cbs=[MOCO(pipelines, K=queue_size)])
     return lambda n: steps(learn, n)
 
 def main(sizes, n, rounds):
