@@ -78,8 +78,8 @@ class _NoValidation(Callback):
 def _trained(make, dls, n_steps, lr):
     "From indices and a seed to the predictions of a classifier that `make` makes, trained on the images at `idxs`"
     def predict(idxs, seed):
-        part = labelled_part(dls, idxs)
         with no_random(seed):
+            part = labelled_part(dls, idxs)
             clf = make(part)
             clf.unfreeze()
             with clf.no_bar(), clf.no_logging():
@@ -142,7 +142,7 @@ def label_efficiency(
 ) -> DataFrame: # Columns row, labels (per class, or the share), n_labels, seed, accuracy, balanced_accuracy (mean over classes)
     "Test accuracy by number of labelled images, with and without pretraining"
     if unknown := set(rows)-{*label_rows,'ImageNet'}: raise ValueError(f"rows must be of {', '.join(label_rows)} and ImageNet, got {', '.join(unknown)}")
-    learn.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
+    with no_random(): learn.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
     (y,valid_y),res = (pixel_features(dl)[1] for dl in (dls.train, dls.valid)),[]
     how,amounts = ('per_class',labels_per_class) if fraction is None else ('fraction',fraction)
     seeds = range(seeds) if isinstance(seeds, int) else listify(seeds)
