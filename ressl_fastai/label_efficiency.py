@@ -128,6 +128,7 @@ def _predictor(row, learn, dls, y, seed, arch, teacher, n_steps, lr):
     return _linear(embed(fresh, dls.train)[0], y, embed(fresh, dls.valid)[0])
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0023
+@no_random()  # the caller's random state stays as it is
 def label_efficiency(
     learn:Learner, # Pretrained `ressl_learner`
     dls:DataLoaders, # Labels are drawn from the training set, the validation set is the test; they get the normalisation of pretraining
@@ -142,7 +143,7 @@ def label_efficiency(
 ) -> DataFrame: # Columns row, labels (per class, or the share), n_labels, seed, accuracy, balanced_accuracy (mean over classes)
     "Test accuracy by number of labelled images, with and without pretraining"
     if unknown := set(rows)-{*label_rows,'ImageNet'}: raise ValueError(f"rows must be of {', '.join(label_rows)} and ImageNet, got {', '.join(unknown)}")
-    with no_random(): learn.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
+    learn.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
     (y,valid_y),res = (pixel_features(dl)[1] for dl in (dls.train, dls.valid)),[]
     how,amounts = ('per_class',labels_per_class) if fraction is None else ('fraction',fraction)
     seeds = range(seeds) if isinstance(seeds, int) else listify(seeds)
