@@ -78,7 +78,7 @@ th, td { min-width: 5rem; padding: .3rem 1rem .3rem 0; text-align: left; border-
 tbody th { vertical-align: top; overflow-wrap: normal; }
 th { font-weight: 600; } thead th { color: var(--quiet); font-weight: 400; }
 .thumb { display: block; width: 3rem; height: 3rem; object-fit: contain; image-rendering: pixelated; background: #fff; border-radius: .2rem; }
-pre { overflow-x: auto; padding: .8rem; border-radius: .5rem; background: var(--card); font-size: .85rem; user-select: all; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border-radius: .5rem; background: var(--card); font-size: .85rem; user-select: all; }
 </style>
 </head>
 <body>
@@ -179,7 +179,7 @@ def versions() -> dict: # By name; 'device' is the GPU or the processor
 # %% ../nbs/11b_report.ipynb #rp21run
 def _size(m): return f'{sum(p.numel() for p in m.parameters()):,} parameters'
 def _schedule(o): return f'{o(0.):.4g} at first, {o(1.):.4g} at last' if callable(o) else _show(o)
-def _view(o): return ', '.join(f'{k} {_show(v)}' for k,v in vars(o).items() if not k.startswith('_')) if isinstance(o, RandomView) else _show(o)
+def _view(o): return ', '.join(f'{k} {_show(v)}' for k,v in vars(o).items() if not (k.startswith('_') or v is None)) if isinstance(o, RandomView) else _show(o)
 
 def _data_rows(learn, seen):
     x,norm = first_images(learn.dls, 1)[0],get_normalize(learn.dls)
