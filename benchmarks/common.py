@@ -1,12 +1,13 @@
 """What the benchmarks share: receipts, and real images that a package manager serves.
 
 A receipt is one JSON line in results/NAME.jsonl: command, seed, commit, versions, device, then what was measured."""
-import gzip, json, os, platform, subprocess, sys
+import gzip, json, os, platform, statistics, subprocess, sys, time
 from datetime import date
 from pathlib import Path
 
 import fastai, numpy as np, torch, torchvision
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 import ressl_fastai
 
@@ -54,3 +55,34 @@ def emoji(vendor, size=32, folder=Path(os.environ.get('EMOJI', '/tmp/emoji'))):
         im = Image.open(f).convert('RGBA')
         return np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB').resize((size,size), Image.BILINEAR))
     return np.stack([picture(f) for f,_,_ in found]),np.array([c for _,c,_ in found]),np.array([u for _,_,u in found])
+
+def in_turns(cases, n, warm=1):
+    "Seconds per call of each of `cases` (name: function), taken in turns so that what disturbs the machine disturbs all; the first `warm` rounds do not count"
+    res = {k:[] for k in cases}
+    for i in range(n+warm):
+        for k,f in cases.items():
+            start = time.perf_counter()
+            f()
+            if i>=warm: res[k].append(time.perf_counter()-start)
+    return res
+
+def ratio(a, b):
+    "Median of what `a` took in each round over what `b` took"
+    return round(statistics.median(x/y for x,y in zip(a, b)), 3)
+
+def spread(seconds, digits=2):
+    "Milliseconds: median, smallest and largest"
+    return dict(median=round(1e3*statistics.median(seconds), digits), min=round(1e3*min(seconds), digits), max=round(1e3*max(seconds), digits))
+
+def memory(field):
+    "Megabytes of this process: VmRSS now, VmHWM at most (Linux)"
+    return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(field))/1024
+
+def photographs(n, size):
+    "(n, 3, size, size) uint8: parts of scikit-learn's two photographs, of random place and size, resized"
+    rng,photos = np.random.RandomState(0),[Image.fromarray(o) for o in load_sample_images().images]
+    def part(i):
+        side = rng.randint(min(size, 300), 427)
+        left,top = rng.randint(0, 641-side),rng.randint(0, 428-side)
+        return np.asarray(photos[i%2].resize((size,size), Image.BILINEAR, box=(left,top,left+side,top+side)))
+    return torch.from_numpy(np.stack([part(i) for i in range(n)])).permute(0,3,1,2).contiguous()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import receipt
+from common import memory, receipt
 from ressl_fastai.losses import ressl_loss
 
 shapes = ((64,1024,128), (256,4096,128), (256,16384,128), (256,65536,512), (256,131072,512))
@@ -39,8 +39,6 @@ def times(shape, n):
             step(loss, *args)
             if i: res[k].append(time.perf_counter()-start)
     return res
-
-def memory(field): return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(field))/1024
 
 def peak(name, shape):
     "Megabytes by which forward and backward raise the process's memory, at most (Linux)"

@@ -84,7 +84,7 @@ def _value(o, progress): return o(progress) if callable(o) else o
 class ReSSL(Callback):
     "Relational self-supervised learning (2107.09282) of a `ReSSLModel`"
     order,name = MixedPrecision.order-1,'ressl'
-    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked')
+    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full')
     def __init__(self,
         weak_tfms, # Callable from a batch of images in [0, 1] to views for the teacher
         strong_tfms, # Likewise for the student, or a list of them: one view of each image from each
@@ -105,7 +105,7 @@ class ReSSL(Callback):
         store_attr()
         self._reset()
 
-    def _reset(self): self.train_dl=self.normalize=self.x_teacher=self.z_teacher=self.old_loss=None; self.keys,self.checked = [],False
+    def _reset(self): self.train_dl=self.normalize=self.x_teacher=self.z_teacher=self.old_loss=None; self.keys,self.checked,self.full = [],False,False
 
     @property
     def net(self): return get_model(self.learn.model)
@@ -130,6 +130,7 @@ class ReSSL(Callback):
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()
+        self.full = len(self.net.queue.filled)==self.net.queue.size  # asked once: a GPU's host would wait for the answer at each step
 
     @torch.no_grad()
     def _fill_queue(self):
@@ -170,7 +171,7 @@ class ReSSL(Callback):
     def _loss(self, pred, *yb):
         "Puts the learner's own loss back before it computes, so that no error or interrupt can leave it swapped"
         self.restore_loss()
-        queue = self.net.queue.filled
+        queue = self.net.queue.feats if self.full and self.training else self.net.queue.filled
         reduction = 'none' if hasattr(self.learn, 'gather_preds') else 'mean'
         if len(queue)==0: return pred.new_full((len(pred),) if reduction=='none' else (), torch.nan)  # validation before any training
         w = self.warmup(self.progress, self.learn.n_epoch) if self.warmup and self.training else 0.

@@ -1,6 +1,6 @@
 """`ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
 
-`ressl_pretrain` does what a notebook user does with `ressl_learner`: it builds the `DataLoaders`, trains, and writes a folder with the encoder, the history, two
+`ressl_pretrain` does what a notebook user does with `ressl_learner`: it builds the `DataLoaders`, trains, and writes a folder with the encoder, a report, the history, two
 pictures and a `config.json` that repeats the run. Whatever can be found wrong is said in one line before training starts. After a crash the same command goes on where
 the training was.
 
@@ -30,19 +30,20 @@ from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
-from fastai.vision.utils import verify_images
 from fastcore.foundation import L
 from fastcore.script import CliError, call_parse
 from torch import Tensor
 
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint, hold
-from .data import digits_dls
+from .data import cached_dls, digits_dls
 from .evaluate import KNNAccuracy, embed, knn_accuracy
+from .health import HealthMonitor
+from .images import readable_images
 from .learner import ressl_learner
 from .models import get_arch
 from .recipes import recipe as make_recipe
-from .report import versions  # and puts `report` on Learner
+from .report import versions
 from .views import clean_dl, strong_tfms, weak_tfms
 
 # %% ../nbs/12_cli.ipynb #1336a023
@@ -62,15 +63,10 @@ def find_images(
     path:Path, # Folder that is searched with all its sub-folders
     skip_bad:bool=False # Leave out files that cannot be read instead of refusing
 ) -> L: # Paths of images, each of which was read once
-    "The images in `path`; a `ValueError` names those that cannot be read"
+    "The images in `path`, as `readable_images` has them"
     files = get_image_files(path).sorted()
     if not files: raise ValueError(f"no images in {path}")
-    bad = list(verify_images(files))
-    if bad and not skip_bad:
-        raise ValueError(f"{len(bad)} of {len(files)} images cannot be read: {', '.join(map(str, bad[:5]))}{' ...' if len(bad)>5 else ''} (remove them or use --skip-bad)")
-    if bad: print(f"skipping {len(bad)} images that cannot be read: {', '.join(map(str, bad[:5]))}{' ...' if len(bad)>5 else ''}", file=sys.stderr)
-    if len(files)==len(bad): raise ValueError(f"none of the {len(files)} images in {path} can be read")
-    return files.filter(lambda o: o not in set(bad))
+    return readable_images(files, skip_bad)
 
 # %% ../nbs/12_cli.ipynb #c2296fa7
 _splits = ('train','valid'), ('train','val'), ('train','test'), ('training','testing')
@@ -181,15 +177,20 @@ def ressl_pretrain(
     args = {k:v for k,v in locals().items() if k not in ('data','out')}
     if not recipe: args = {k:digits_defaults.get(k) if v is None and data=='digits' else defaults.get(k) if v is None else v for k,v in args.items()}
     out = out or f"ressl-{Path(data).name}"
-    try: learn,fit,chosen = _set_up(data, **args)
+    try:
+        learn,fit,chosen = _set_up(data, **args)
+        config = _config(learn, data, {**args, **chosen, 'queue_size':learn.model.queue.size})
+        _run(learn, fit, new_folder(out, config), config)
     except (ValueError, OSError, ImportError) as e: raise CliError('ressl_pretrain: ' + ' '.join(str(e).split())) from e
-    config = _config(learn, data, {**args, **chosen, 'queue_size':learn.model.queue.size})
-    _run(learn, fit, new_folder(out, config), config)
 
 # %% ../nbs/12_cli.ipynb #59ea59be
+_in_memory = 2**31  # bytes of decoded images that are kept there, so that no image is opened twice
+
 def _dls(data, size, bs, gray, valid_pct, skip_bad, num_workers, seed):
     if data=='digits': return digits_dls(size, bs)
-    return folder_dls(find_data(data), size, bs, gray, valid_pct, seed, skip_bad, num_workers)
+    dls = folder_dls(find_data(data), size, bs, gray, valid_pct, seed, skip_bad, num_workers)
+    n_bytes = sum(dl.n for dl in dls)*size**2*(1 if gray else 3)
+    return cached_dls(dls, num_workers=dls.train.fake_l.num_workers) if n_bytes<=_in_memory else dls
 
 def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, infonce_epochs, pretrained, gray, valid_pct, skip_bad, num_workers, seed,
             **kwargs):
@@ -237,13 +238,14 @@ def _run(learn, fit, out, config):
     labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
     if labelled: config['knn_accuracy'] = {'raw pixels':pixel_knn(learn.dls), 'random encoder':_encoder_knn(learn)}
     print(f"{learn.dls.train.n} images for training, {learn.dls.valid.n} held out; {config['arch']} at {config['size']} pixels; results in {out}/")
-    learn.add_cb(CSVLogger())
+    learn.add_cbs([HealthMonitor('effective_rank'), CSVLogger()])
     fit = partial(fit, cbs=Checkpoint(kept.name))
     if sys.stdout.isatty(): fit()
     else:
         learn.logger = _print_row
-        _print_row(['epoch', 'train_loss', 'valid_loss', *learn.metrics.attrgot('name'), 'time'])
+        _print_row(['epoch', 'train_loss', 'valid_loss', *learn.metrics.attrgot('name'), 'effective_rank', 'time'])
         with learn.no_bar(): fit()
+    if learn.guard.alarms: raise CliError(f'ressl_pretrain: {learn.guard.alarms[-1]}')
     learn.save_encoder('encoder')
     _save_curves(learn.csv_logger.read_log(), out/'curves.png')
     if labelled:
@@ -253,4 +255,4 @@ def _run(learn, fit, out, config):
         _write_json(out/'config.json', config)
     learn.report(command=config['command'])
     shutil.rmtree(kept)
-    print(f"\nreport:   {out/'report.html'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}")
+    print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nreport:   {out/'report.html'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}")

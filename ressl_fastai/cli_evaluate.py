@@ -24,7 +24,7 @@ from pandas import DataFrame
 from .cli import _dls, _positive, new_folder
 from .evaluate import embed, knn_accuracy, linear_accuracy
 from .label_efficiency import label_efficiency, pixel_features, plot_labels, summarize_labels
-from .learner import _read_encoder, load_encoder
+from .learner import _read_encoder, first_images, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0007
@@ -64,7 +64,7 @@ def _prepared(encoder, data, size, labels_per_class, how):
     if size is None: raise ValueError(f"size must be given: there is no config.json beside {file}")
     _positive(size=size)
     dls = _dls(data, size, 64, gray=state['n_in']==1, **how)
-    if len(dls.one_batch())<2: raise ValueError(f"DATA must have labels, two or more folders named by class, {data} has none")
+    if len(first_images(dls))<2: raise ValueError(f"DATA must have labels, two or more folders named by class, {data} has none")
     labels = labels_per_class and _numbers(labels_per_class)
     return encoder_learner(file, dls, size),encoder_learner(file, dls, size, trained=False),labels,f"{file}: {state['arch']} at {size} pixels"
 

@@ -41,14 +41,13 @@ def _items(dataset): return getattr(dataset, 'items', None)
 
 class TensorDL(TfmdDL):
     "A `TfmdDL` with the items of its dataset in memory, stacked"
-    @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset, # fastai `Datasets`
         bs:int=64, # Images in a batch
         images:Tensor=None, # (n, c, h, w) images as `after_item` leaves them, of this dataset and maybe others; None makes an ordinary `TfmdDL`
         rows:Tensor=None, # (len(dataset),) which row of `images` each item is
         targets:tuple=(), # Encoded targets, each (len(dataset), ...)
-        **kwargs
+        **kwargs # Passed on to `TfmdDL`
     ):
         self.images,self.rows,self.targets = images,rows,targets
         super().__init__(dataset, bs=bs, **kwargs)
@@ -56,7 +55,7 @@ class TensorDL(TfmdDL):
     def new(self,
         dataset=None, # Another dataset; what is in memory goes along only if its items are the same list
         cls=None, # Class of the result
-        **kwargs
+        **kwargs # Passed on to `TfmdDL.new`
     ): # Another loader
         if (cls is None or issubclass(cls, TensorDL)) and (dataset is None or _items(dataset) is _items(self.dataset)):
             kwargs = dict(images=self.images, rows=self.rows, targets=self.targets) | kwargs

@@ -23,9 +23,10 @@ from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model, no_random
 from fastcore.basics import ifnone, store_attr
 from fastcore.meta import delegates
+from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn, Tensor
 
@@ -158,16 +159,16 @@ def fit_logistic(
     Cs:tuple=(1e-4,1e-3,1e-2,0.1,1.,10.), # Inverse strengths of the penalty, > 0; the best in cross-validation is taken
     scale_x:Tensor=None, # (m, dim) features, labelled or not, that mean and standard deviation are taken from; default: `x`
     seed:int=0 # For the choice of the images held out
-) -> Pipeline: # scikit-learn's, fitted: `predict`, `score` and `predict_proba` take arrays (m, dim)
+) -> BaseEstimator: # scikit-learn's pipeline, fitted: `predict`, `score` and `predict_proba` take arrays (m, dim)
     "Logistic regression on standardised features, its penalty chosen by cross-validation"
     x,y = np.asarray(x, dtype=np.float32),np.asarray(y)
     scaler,counts = StandardScaler().fit(np.asarray(ifnone(scale_x, x))),np.unique(y, return_counts=True)[1]
     if len(counts)<2: raise ValueError(f"y must hold at least two classes, got {len(counts)}")
     x,clf,least = scaler.transform(x),LogisticRegression(C=Cs[(len(Cs)-1)//2], max_iter=1000),counts.min()
-    if least==1 or len(Cs)==1: return Pipeline([('scale',scaler), ('classify',clf.fit(x, y))])  # nothing to hold out, or to choose
+    if least==1 or len(Cs)==1: return make_pipeline(scaler, clf.fit(x, y))  # nothing to hold out, or to choose
     cv = StratifiedKFold(min(5, least), shuffle=True, random_state=seed) if len(y)<=2000 else StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
     search = GridSearchCV(clf, {'C':list(Cs)}, cv=cv).fit(x, y)
-    return Pipeline([('scale',scaler), ('classify',search.best_estimator_)])
+    return make_pipeline(scaler, search.best_estimator_)
 
 # %% ../nbs/06_evaluate.ipynb #ba1e8a06
 _lrs = dict(step=30., cosine=1.)
@@ -211,7 +212,7 @@ def linear_accuracy(
     def both(scores, classes): return {f'top{k}': _top(scores, classes, y, k) for k in (1,5)}
     if protocol=='logistic':
         clf = fit_logistic(train_x, train_y, seed=seed)
-        return dict(**both(*map(torch.as_tensor, (clf.predict_log_proba(x.numpy()),clf.classes_))), C=clf['classify'].C)
+        return dict(**both(*map(torch.as_tensor, (clf.predict_log_proba(x.numpy()),clf.classes_))), C=clf[-1].C)
     classes,labels = train_y.unique(return_inverse=True)
     history = [both(net(x.float()).detach(), classes) for net in _sgd_epochs(train_x.float(), labels, len(classes), protocol, lr, n_epoch, seed)]
     return dict(**history[-1], best=max(o['top1'] for o in history))

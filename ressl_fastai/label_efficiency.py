@@ -78,8 +78,8 @@ class _NoValidation(Callback):
 def _trained(make, dls, n_steps, lr):
     "From indices and a seed to the predictions of a classifier that `make` makes, trained on the images at `idxs`"
     def predict(idxs, seed):
-        part = labelled_part(dls, idxs)
         with no_random(seed):
+            part = labelled_part(dls, idxs)
             clf = make(part)
             clf.unfreeze()
             with clf.no_bar(), clf.no_logging():
@@ -128,6 +128,7 @@ def _predictor(row, learn, dls, y, seed, arch, teacher, n_steps, lr):
     return _linear(embed(fresh, dls.train)[0], y, embed(fresh, dls.valid)[0])
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0023
+@no_random()  # the caller's random state stays as it is
 def label_efficiency(
     learn:Learner, # Pretrained `ressl_learner`
     dls:DataLoaders, # Labels are drawn from the training set, the validation set is the test; they get the normalisation of pretraining

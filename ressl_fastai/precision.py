@@ -42,11 +42,12 @@ def choose_precision(
     channels_last:bool|str, # Layout of maps and weights, or 'auto': where it pays
     device:torch.device|str # Where it will compute
 ) -> tuple: # What autocast computes in (None: float32), and whether channels come last
-    "bfloat16 and channels last on devices that have bfloat16, float32 and channels last on other CPUs"
+    "bfloat16 and channels last on devices that have bfloat16"
     if precision not in (*precisions,'auto'): raise ValueError(f"precision must be 'auto', {' or '.join(map(repr, precisions))}, got {precision!r}")
     if channels_last not in (True,False,'auto'): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-    dtype = (torch.bfloat16 if has_bfloat16(device) else None) if precision=='auto' else precisions[precision]
-    return dtype,(torch.device(device).type=='cpu' or has_bfloat16(device) if channels_last=='auto' else channels_last)
+    pays = has_bfloat16(device)
+    dtype = (torch.bfloat16 if pays else None) if precision=='auto' else precisions[precision]
+    return dtype,(pays if channels_last=='auto' else channels_last)
 
 # %% ../nbs/05a_precision.ipynb #5a000014
 class DevicePrecision(Callback):
@@ -60,10 +61,13 @@ class DevicePrecision(Callback):
     @property
     def net(self): return get_model(self.learn.model)
 
+    def after_create(self):
+        if self.channels_last: self.net.to(memory_format=torch.channels_last)
+
     def before_fit(self):
         mixed = getattr(self.learn, 'mixed_precision', None)
         self.net.half_dtype = self.dtype if mixed is None else self._follow(mixed)
-        if self.channels_last: self.net.to(memory_format=torch.channels_last)
+        self.after_create()  # the model may be another one by now
 
     def _follow(self, mixed):
         "What `mixed` asks for, without its autocast, which is for CUDA alone"

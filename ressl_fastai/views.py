@@ -83,14 +83,14 @@ def weigh_rows(
 
 # %% ../nbs/03_views.ipynb #b8382dc4
 def blur_taps(
-    sigma:Tensor, # (bs,) standard deviations in pixels of the view, > 0
+    sigma:Tensor, # (bs,) standard deviations in pixels of the view, >= 0; 0 is no blur
     size:int # Pixels along this axis
 ) -> tuple: # Pixels and their weights, both (bs, size, k); weights sum to 1
     "Gaussian blur along one axis to four standard deviations; at the border the weights inside are rescaled"
     radius = min(size-1, math.ceil(4*sigma.max()))
     offsets = torch.arange(-radius, radius+1, device=sigma.device)
     pixels = torch.arange(size, device=sigma.device)[:,None] + offsets
-    weights = (-offsets**2/(2*sigma[:,None,None]**2)).exp() * ((pixels>=0) & (pixels<size))
+    weights = (-0.5*(offsets/sigma.clamp(min=1e-3)[:,None,None])**2).exp() * ((pixels>=0) & (pixels<size))
     return pixels.clamp(0, size-1).int().expand(weights.shape),weights/weights.sum(2, keepdim=True)
 
 # %% ../nbs/03_views.ipynb #c706741b
@@ -140,6 +140,15 @@ def color_matrices(
     return torch.where(gray[:,None,None], _luminance(mean).expand(3,3) @ m, m)
 
 # %% ../nbs/03_views.ipynb #bbe7155e
+def _resample(x, part, taps, blurs, blurred):
+    "Of `x`, the images `part` of the batch: rows, then columns, the latter as rows of the transposed images; `blurred` are numbers within the part"
+    x = x.float()
+    for axis in (0,1):
+        x = weigh_rows(x, *(o[part] for o in taps[axis]))
+        if len(blurred): x[blurred] = weigh_rows(x[blurred], *(o[part][blurred] for o in blurs[axis]))
+        x = x.mT
+    return x
+
 class RandomView:
     "Batch transform: crop, flip, colour and blur, every image with its own random numbers"
     def __init__(self,
@@ -172,17 +181,23 @@ class RandomView:
     def __repr__(self):
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k,v in vars(self).items() if v is not None and not k.startswith('_'))})"
 
-    @torch.no_grad()
     def __call__(self,
         x:Tensor # (bs, c, h, w) images in [0, 1], or uint8
     ) -> Tensor: # (bs, c, *size) views in [0, 1], float32
         x = x.as_subclass(Tensor)
-        bs,c,h,w = x.shape
-        self._say_what_is_left_out(c)
-        drawn = self._draw(bs, h, w)
-        v,n = x.new_empty(bs, c, *self.size, dtype=torch.float32),self._at_a_time(x)
-        for o,xs,*ds in zip(v.split(n), x.split(n), *(d.split(n) for d in drawn)): o.copy_(self._resample(xs, *ds))
-        return self._color(v, n)
+        self._say_what_is_left_out(x.shape[1])
+        v = x.new_empty(*x.shape[:2], *self.size, dtype=torch.float32)
+        with torch.inference_mode(): self._fill(v, x)  # v is from outside, so that autograd may keep it
+        return v
+
+    def _fill(self, v, x):
+        boxes,flipped,sigma = self._draw(len(x), *x.shape[2:])
+        taps,blurs = self._taps(boxes, flipped, x),[blur_taps(sigma, o) for o in self.size] if sigma.any() else None
+        n = self._at_a_time(x)
+        for i in range(0, len(x), n):
+            part = slice(i, i+n)
+            v[part] = _resample(x[part], part, taps, blurs, sigma[part].nonzero()[:,0])
+        if self.jitter_p or self.gray_p: self._color(v, n)
 
     def _at_a_time(self, x):
         "Images that fit a processor's cache; on a GPU all"
@@ -199,25 +214,17 @@ class RandomView:
         flipped,blurred = (torch.rand(bs, generator=self.generator)<p for p in (self.flip_p, self.blur_p))
         return boxes,flipped,torch.empty(bs).uniform_(*self.blur_sigma, generator=self.generator).where(blurred, 0.)
 
-    def _resample(self, x, boxes, flipped, sigma):
-        "Rows, then columns: crop, flip, resize and blur"
+    def _taps(self, boxes, flipped, x):
+        "Of rows and of columns: crop, flip and resize"
         top,left,height,width = boxes.unbind(1)
         (pixels,weights),cols = (resize_taps(*o) for o in ((top, height, x.shape[2], self.size[0]), (left, width, x.shape[3], self.size[1])))
         if x.dtype==torch.uint8: weights = weights/255
-        cols = tuple(torch.where(flipped[:,None,None], o.flip(1), o) for o in cols)
-        blurred = sigma.nonzero()[:,0]
-        for taps in ((pixels,weights), cols):
-            x = weigh_rows(x.float(), *taps)
-            if len(blurred): x[blurred] = weigh_rows(x[blurred], *blur_taps(sigma[blurred], x.shape[2]))
-            x = x.mT
-        return x
+        return (pixels,weights),tuple(torch.where(flipped[:,None,None], o.flip(1), o) for o in cols)
 
     def _color(self, v, n):
-        if not (self.jitter_p or self.gray_p): return v
         c = v.shape[1]
         matrices = color_matrices(v.mean((2,3)), *self.jitter, self.jitter_p, self.gray_p, self.generator)
         for o,m in zip(v.split(n), matrices.split(n)): o.copy_(torch.baddbmm(m[:,:c,c:], m[:,:c,:c], o.flatten(2)).view_as(o).clamp_(0, 1))
-        return v
 
 # %% ../nbs/03_views.ipynb #b3901d08
 def weak_tfms(

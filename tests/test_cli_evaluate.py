@@ -18,8 +18,8 @@ from test_training import fit, make
 
 def shell(*args, cwd):
     "The command in its own process, as its console script starts it"
-    start = 'import sys; sys.argv[0] = "ressl_evaluate"; from ressl_fastai.cli_evaluate import ressl_evaluate; ressl_evaluate()'
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', start, *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+    (cwd/'ressl_evaluate').write_text('from ressl_fastai.cli_evaluate import ressl_evaluate\nressl_evaluate()')
+    return subprocess.run([sys.executable, '-W', 'ignore', cwd/'ressl_evaluate', *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
 
 @pytest.fixture(scope='module')
 def tmp(tmp_path_factory):

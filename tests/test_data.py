@@ -1,5 +1,5 @@
 "`tensor_dls` and `cached_dls` against fastai's own pipeline: the same batches, the same training, and everything that fastai does with `DataLoaders`."
-import os, random, subprocess, sys
+import os, random
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -214,13 +214,10 @@ def test_a_cache_is_used_until_something_changes(folder, monkeypatch):
     assert made(item_tfms=Resize(12)) and made(item_tfms=Resize(12, method='squish')) and made() and not made()
     (folder/'cache'/'manifest.json').unlink(); assert made()
 
-def test_another_process_uses_the_cache(folder):
-    cached_dls(from_folder(folder), folder/'cache')
-    before = (folder/'cache'/'images.npy').stat().st_mtime_ns
-    code = (f"from fastai.vision.all import *; from ressl_fastai import data; data._decode = None\n"
-            f"data.cached_dls(ImageDataLoaders.from_folder(r'{folder}/images', valid_pct=0.25, seed=0, item_tfms=Resize(16), num_workers=0), r'{folder}/cache')")
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
-    assert (folder/'cache'/'images.npy').stat().st_mtime_ns==before
+def test_another_process_would_use_the_cache(folder):
+    "Nothing of this process is in the manifest"
+    one,two = (data._manifest(from_folder(folder)) for _ in range(2))
+    assert one==two and ' at 0x' not in one and str(folder) in one
 
 @pytest.mark.parametrize('nm', ['replace', 'write_text'])
 def test_an_interrupted_cache_is_no_cache(folder, monkeypatch, nm):

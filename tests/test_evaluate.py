@@ -110,8 +110,8 @@ def test_logistic_is_scikit_learns():
 def test_logistic_takes_its_statistics_from_all_images_and_works_with_one_label_per_class():
     (x,y),(vx,_) = clusters(7, 0),clusters(300, 1)
     clf = fit_logistic(x, y, scale_x=vx)
-    torch.testing.assert_close(torch.tensor(clf['scale'].mean_).float(), vx.mean(0), rtol=1e-5, atol=1e-5)
-    assert sorted(clf.predict(x).tolist())==list(range(7)) and clf['classify'].C==0.01
+    torch.testing.assert_close(torch.tensor(clf[0].mean_).float(), vx.mean(0), rtol=1e-5, atol=1e-5)
+    assert sorted(clf.predict(x).tolist())==list(range(7)) and clf[-1].C==0.01
     with pytest.raises(ValueError, match='two classes'): fit_logistic(x, torch.zeros(7, dtype=torch.long))
 
 def numpy_sgd(x, y, w, b, lrs, orders, nesterov=True):

@@ -4,16 +4,17 @@ Statistical checks, about 130 of them, fail with probability `p_false` each wher
 import colorsys, math, warnings
 from itertools import combinations
 
-import numpy as np, pytest, torch, torchvision.transforms as T, torchvision.transforms.v2 as T2, torchvision.transforms.v2.functional as TF
+import numpy as np, pytest, torch, torch.nn.functional as F, torchvision.transforms as T, torchvision.transforms.v2 as T2, torchvision.transforms.v2.functional as TF
 from fastai.vision.all import (DataBlock, ImageBlock, IndexSplitter, IntToFloatTensor, Normalize, PILImage, RandomResizedCrop, RegressionBlock, TensorImage,
-    DataLoader, TfmdDL, TfmdLists, ToTensor, aug_transforms, get_image_files, imagenet_stats)
+    DataLoader, Pipeline, TfmdDL, TfmdLists, ToTensor, aug_transforms, setup_aug_tfms, get_image_files, imagenet_stats)
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest, chi2_contingency, ks_1samp, ks_2samp, spearmanr, uniform
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from ressl_fastai import views
+from ressl_fastai.data import digits_dls
+from ressl_fastai.learner import ressl_learner
 from ressl_fastai.views import RandomView, clean_dl, color_matrices, crop_boxes, strong_tfms, weak_tfms
 
 pytestmark = pytest.mark.filterwarnings('ignore:images have 13 channels')
@@ -236,6 +237,74 @@ def test_a_view_is_torchvisions_operations_one_after_another(monkeypatch, size):
     assert (best<1e-3).all() and (best<0.1*spread).all() and (second>0.5*spread).all()
     assert torch.equal(errs.argmin(1), 2*flipped+(sigma>0)) and len(errs.argmin(1).unique())==4  # all four occur, but for a probability of 4e-4
     assert (shifted>0.5*spread[:,None]).all()               # control: crops one pixel beside
+
+def mean_and_variance(v):
+    "Over all views and pixels by channel, (2, c), with their standard errors"
+    m,sq = v.mean((2,3)),v.square().mean((2,3))
+    mean,second = m.mean(0),sq.mean(0)
+    return torch.stack([mean, second-mean**2]),torch.stack([m, sq-2*mean*m]).std(1)/len(v)**0.5  # of the variance, linearised
+
+def test_mean_and_variance_over_many_draws_are_torchvisions():
+    """Of photographs: within four standard errors of 1,500 draws, plus, for weak views, half a level of 8 bits and 1% of the variance by channel; for strong views, whose hue
+    and clamping differ by choice, 0.01 and 5% of the variance of luminance"""
+    weak = T.Compose([T.RandomResizedCrop(32, (0.2,1.)), T.RandomHorizontalFlip(), T.PILToTensor()])
+    ims = [Image.fromarray(o).resize((96,64)) for o in load_sample_images().images]
+    xs = [TF.pil_to_tensor(o).expand(1500, -1, -1, -1) for o in ims]
+    theirs = [[mean_and_variance(o) for o in (torch.stack([weak(im) for _ in range(1500)])/255, gray(pil_views(im, 1500))[:,None])] for im in ims]
+    def excess(tfm, strong):
+        "By how much the bound is exceeded, at most"
+        res = []
+        for x,their in zip(xs, theirs):
+            v = tfm(x)
+            (a,sa),(b,sb) = mean_and_variance(gray(v)[:,None] if strong else v),their[strong]
+            mean,var = (a-b).abs() - 4*(sa**2+sb**2).sqrt()
+            res.append(torch.cat([mean-(0.01 if strong else 0.5/255), var-(0.05 if strong else 0.01)*b[1]]))
+        return torch.cat(res).max()
+    assert excess(weak_tfms(32), False)<0 and excess(strong_tfms(32), True)<0
+    assert excess(weak_tfms(32, scale=(0.8,1.)), False)>0                                                                       # controls
+    for wrong in (dict(jitter=(0.8,0.8,0.4,0.1)), dict(blur_p=1., blur_sigma=(2.,3.))): assert excess(strong_tfms(32, **wrong), True)>0, wrong
+
+# random numbers
+
+def test_random_numbers_come_from_one_generator_that_a_seed_controls():
+    x = torch.rand(8, 3, 40, 40)
+    def run(tfm, seed): torch.manual_seed(seed); return tfm(x)
+    for make in (weak_tfms, strong_tfms):
+        own = [make(32, generator=torch.Generator().manual_seed(s)) for s in (1,1,2)]
+        before = torch.get_rng_state()
+        a,b,c = (o(x) for o in own)
+        assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(run(make(32), 1), a) and torch.equal(run(make(32), 1), run(make(32), 1))
+        assert not torch.equal(own[0](x), a)                    # it goes on
+
+@pytest.mark.parametrize('size', [32, (24,50)])
+def test_views_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch, size):
+    x = torch.randint(0, 256, (10,3,40,44), dtype=torch.uint8)
+    def run(n):
+        monkeypatch.setattr(RandomView, '_at_a_time', lambda self, x: n)
+        torch.manual_seed(0)
+        return strong_tfms(size)(x)
+    whole = run(10)
+    for n in (1,3,9,64): torch.testing.assert_close(run(n), whole, rtol=0, atol=1e-6)
+
+def test_a_view_can_be_kept_by_autograd():
+    conv = torch.nn.Conv2d(3, 2, 3)
+    conv(strong_tfms(16)(torch.rand(4, 3, 20, 20))).sum().backward()
+    assert conv.weight.grad.abs().sum()>0
+
+def test_shrinking_is_antialiased():
+    "A fine pattern shrunk to a quarter is nearly gray, as torchvision's is; bilinear interpolation of two pixels (control) leaves it"
+    x = ((torch.arange(128)%2).float()[:,None]+(torch.arange(128)%2)[None]).eq(1).float().expand(4, 3, 128, 128)
+    assert weak_tfms(32, scale=(0.9,1.))(x).std()<0.05<0.1<F.interpolate(x, scale_factor=0.27, mode='bilinear').std()
+
+@pytest.mark.parametrize('tfm', [T2.Compose([T2.RandomResizedCrop(12), T2.RandomHorizontalFlip(), T2.ColorJitter(0.4)]), lambda x: x.flip(3), lambda x: x,
+    setup_aug_tfms(aug_transforms(p_affine=1.))], ids=['torchvision v2','flip','nothing','fastai'])
+def test_any_callable_can_take_their_place(tfm):
+    f = (lambda x: Pipeline(tfm)(TensorImage(x))) if isinstance(tfm, list) else tfm
+    learn = ressl_learner(digits_dls(12, bs=64), torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, stride=2), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 3)), weak_tfms=f, strong_tfms=[f,strong_tfms(12)],
+        n_hidden=16, dim=8, queue_size=64, metrics=[])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert 0<learn.recorder.values[-1][0]<math.log(64)+1 and torch.isfinite(learn.model.queue.feats).all()
 
 # what goes in and what comes out
 
