@@ -201,13 +201,14 @@ class HealthMonitor(Callback):
 
     def before_fit(self):
         "Its columns come after the metrics; `lr_find`, `validate` and `get_preds` measure nothing"
-        self.active,self.new_fit = False,True
+        self.active,self.new_fit,self.images = False,True,None
         self.wanted = hasattr(self.learn, 'ressl') and hasattr(self.learn, 'recorder') and not hasattr(self.learn, 'lr_finder')
         if self.wanted: self.recorder.metric_names = _insert(self.recorder.metric_names, self.columns, self.recorder.add_time)
 
     def before_train(self):
         if not self.wanted: return
-        if self.new_fit: self.history,self.images,self.joined,self.new_fit = [],_few_images(self.learn),[],False
+        if self.new_fit: self.history,self.joined,self.new_fit = [],[],False
+        if self.images is None: self.images = _few_images(self.learn)  # not in `new_fit`: `Checkpoint` goes on in a fit that is none
         self.active,self.students,self.teachers,self.earlier,self.pending = True,[],[],None,0
 
     def before_batch(self):
