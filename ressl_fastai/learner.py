@@ -315,7 +315,7 @@ def _read_encoder(file):
 
 def _body_of(model):
     if isinstance(model, ReSSLModel): return model.encoder[0]
-    if isinstance(model, DynamicUnet): return model.layers[0]
+    if isinstance(model, DynamicUnet): return getattr(model, 'ressl_body', model.layers)[0]
     if isinstance(model, nn.Sequential) and len(model): return model[0]  # `Encoder`, `vision_learner`'s model
     return model
 
@@ -428,5 +428,6 @@ def to_unet_learner(self:Learner,
         raise ValueError(f"a U-Net needs a body whose children are layers that make the maps smaller step by step, as in ResNets; that of {enc.arch} is a "
                          f"{type(body).__name__}{'' if isinstance(body, nn.Sequential) else ', not an nn.Sequential of such layers'}")
     model = DynamicUnet(body, _n_out(dls, n_out), size, self_attention=self_attention, blur=blur, last_cross=last_cross, bottle=bottle, y_range=y_range)
+    model.ressl_body = (enc[0],)  # where `load_encoder` finds stem and names; a tuple, so that no tensor is in the model twice
     return _as_pretrained(self, dls, teacher, model, _splitter(body, enc.arch) if body is enc[0] else default_split, **kwargs)
 

@@ -17,6 +17,7 @@ settings = dict(ini['DEFAULT'])
 lib = settings['lib_name']
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 sources = {p.stem: p.read_text(encoding='utf-8') for p in (root/lib).glob('*.py') if p.stem not in ('__init__', 'all', '_modidx')}
+for m in sources: importlib.import_module(f'{lib}.{m}')  # before a test makes a `DataBlock`: fastai then changes the signature of `DataBlock.dataloaders`
 
 
 def exported_modules():
