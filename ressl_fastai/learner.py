@@ -374,7 +374,7 @@ def _n_out(dls, n_out):
     if not n_out: raise ValueError("n_out must be given: dls does not tell how many outputs there are")
     return n_out
 
-def _as_pretrained(learn, dls, teacher, model, splitter, **kwargs):
+def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
     "A learner in the state that fastai leaves pretrained weights in"
     res = Learner(dls, model, **{'splitter':splitter, **kwargs})
     _same_normalize(dls, _pretrained(learn, teacher)[1], 'the encoder')

@@ -3,7 +3,7 @@ from copy import deepcopy
 from functools import partial
 
 import numpy as np, pytest, torch, torchvision.models as tv
-from fastai.vision.all import CategoryBlock, DataBlock, IndexSplitter, MaskBlock, Normalize, TensorImage, TransformBlock, unet_learner, vision_learner
+from fastai.vision.all import CategoryBlock, DataBlock, IndexSplitter, MaskBlock, Normalize, TensorImage, TransformBlock, trainable_params, unet_learner, vision_learner
 from fastai.vision.learner import model_meta
 from fastai.vision.models.xresnet import xresnet18
 from torch import Tensor, nn
@@ -101,9 +101,10 @@ def test_body_is_a_copy(teacher):
 def test_frozen_pretraining_is_handed_over_whole():
     learn = make()
     learn.freeze()
-    clf = learn.to_vision_learner(make_dls())
-    clf.unfreeze()
-    assert all(p.requires_grad for p in clf.model.parameters()) and not all(p.requires_grad for p in learn.model.student.parameters())
+    for teacher in (False,True):
+        clf = learn.to_vision_learner(make_dls(), teacher=teacher, splitter=trainable_params)  # leaves out what is frozen
+        assert {id(p) for p in clf.opt.param_lists.concat()}=={id(p) for p in clf.model.parameters()}
+    assert not all(p.requires_grad for p in learn.model.student.parameters())  # control
 
 @pytest.mark.parametrize('kind', ['split', 'sync'])
 @pytest.mark.parametrize('unet', [False, True])
