@@ -63,10 +63,14 @@ def find_images(
     path:Path, # Folder that is searched with all its sub-folders
     skip_bad:bool=False # Leave out files that cannot be read instead of refusing
 ) -> L: # Paths of images, each of which was read once
-    "The images in `path`, as `readable_images` has them"
+    "The images in `path`; those that are left out are named on standard error"
     files = get_image_files(path).sorted()
     if not files: raise ValueError(f"no images in {path}")
-    return readable_images(files, skip_bad)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always', UserWarning)
+        files = readable_images(files, skip_bad)
+    for o in said: print(o.message, file=sys.stderr)
+    return files
 
 # %% ../nbs/12_cli.ipynb #c2296fa7
 _splits = ('train','valid'), ('train','val'), ('train','test'), ('training','testing')

@@ -36,7 +36,7 @@ def tmp(tmp_path_factory):
     return tmp
 
 def test_numbers_are_those_of_the_saved_encoder(tmp):
-    res = shell('run', 'digits', '--out=out', '--labels-per-class=1,3', '--seeds=2', '--steps=3', '--valid-pct=0.3', '--num-workers=0', cwd=tmp)
+    res = shell('run', './digits', '--out=out', '--labels-per-class=1,3', '--seeds=2', '--steps=3', '--valid-pct=0.3', '--num-workers=0', cwd=tmp)
     assert res.returncode==0, res.stderr
     dls = folder_dls(tmp/'digits', 8, 64, gray=True, valid_pct=0.3, num_workers=0)
     encoder = load_encoder(create_encoder(small_resnet, 1, size=8), tmp/'run'/'encoder.pth').eval()
