@@ -16,7 +16,8 @@ def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv
 def same(x): return x
 
 def learner(n=256, views=(same, same), bs=32, queue_size=64):
-    return ressl_learner(tensor_dls(x[:n], valid_pct=0, bs=bs), net(), weak_tfms=views[0], strong_tfms=views[1], n_hidden=16, dim=8, queue_size=queue_size, metrics=[], guard=False)  # which reads a copy that was made without waiting
+    kw = dict(n_hidden=16, dim=8, queue_size=queue_size, metrics=[], guard=False)  # the guard reads a copy that was made without waiting
+    return ressl_learner(tensor_dls(x[:n], valid_pct=0, bs=bs), net(), weak_tfms=views[0], strong_tfms=views[1], **kw)
 
 def fit(learn):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
