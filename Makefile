@@ -13,7 +13,7 @@ help:  ## this list
 test: .venv/.ready  ## the gate: notebooks clean, exports in sync, notebooks run, pytest
 	$(BIN)/python tools/check_sync.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations 15 tests
 
 demo: .venv/.ready  ## pretrain on scikit-learn's digits, compare kNN accuracies, draw pictures
 	$(BIN)/ressl_pretrain digits --out demo

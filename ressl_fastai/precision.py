@@ -1,6 +1,6 @@
 """bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 
-Convolutions in bfloat16 on maps with channels last are faster on processors made for that, and slower on others. `auto_precision` says which is which, `DevicePrecision` puts
+Convolutions in bfloat16 on maps with channels last are faster on processors made for that, and slower on others. `choose_precision` says which is which, `DevicePrecision` puts
 it into practice.
 
 fastai's `MixedPrecision` opens `autocast('cuda')` on any device, and leaves it open when a batch is interrupted. Here the model itself opens autocast around its
