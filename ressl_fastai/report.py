@@ -125,7 +125,7 @@ def _src(im):
 
 def _figure(draw, alt, *args, **kwargs):
     "What `draw` draws with pyplot, for the template; the figure is closed"
-    with plt.style.context('default'), plt.ioff():
+    with plt.style.context('default'):
         draw(*args, **kwargs)
         fig,buf = plt.gcf(),BytesIO()
         fig.savefig(buf, dpi=192, bbox_inches='tight' if fig.get_layout_engine() is None else None)
