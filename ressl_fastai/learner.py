@@ -170,7 +170,7 @@ class ReSSLLearner(Learner):
 
     def show_results(self, *args, **kwargs):
         "Refused: an embedding is no picture"
-        raise NotImplementedError("an embedding cannot be shown beside a target: see show_views for what is learned from, embed and knn_accuracy for what was learned")
+        raise ValueError("an embedding cannot be shown beside a target: see show_neighbors for what it finds alike, embed and knn_accuracy for what it is good for")
 
 # %% ../nbs/07_learner.ipynb #dbbda297
 def _stats(dls, body, n_in, pretrained):
