@@ -9,7 +9,6 @@ import argparse, warnings
 
 import kornia.augmentation as K, torch, torchvision.transforms as T, torchvision.transforms.v2 as T2
 from fastai.data.transforms import Normalize
-from fastai.torch_core import TensorImage
 from fastai.vision.core import imagenet_stats
 from lightly.transforms import GaussianBlur
 from lightly.transforms.multi_view_transform import MultiViewTransform
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from common import in_turns, photographs, ratio, receipt, spread
+from ressl_fastai.callback import ReSSL
 from ressl_fastai.views import strong_tfms, weak_tfms
 
 scale,jitter = (0.2,1.),(0.4,0.4,0.4,0.1)
@@ -25,8 +25,9 @@ def kernel(size): return max(3, size//10 | 1)
 
 def ours(x, size):
     "As `ReSSL` makes and normalises them"
-    weak,strong,norm = weak_tfms(size),strong_tfms(size),Normalize.from_stats(*imagenet_stats, cuda=False)
-    return lambda: [norm.encodes(TensorImage(o(x))) for o in (weak, strong)]
+    callback = ReSSL(weak_tfms(size), strong_tfms(size))
+    callback.normalize = Normalize.from_stats(*imagenet_stats, cuda=False)
+    return lambda: [callback._view(x, o) for o in (callback.weak_tfms, callback.strong_tfms)]
 
 def kornias(x, size):
     "Every image with its own random numbers, as ours"
@@ -61,6 +62,7 @@ def lightlys(x, size):
 cases = dict(ours=ours, kornia=kornias, torchvision_pil=torchvisions, torchvision_v2=torchvisions_v2, lightly=lightlys)
 
 def main(sizes, bs, n):
+    torch.empty(31*2**18)  # as after a first training step: glibc then keeps what was freed (how much, this is what tells it) and does not ask for it again each time
     for size in sizes:
         torch.manual_seed(0)
         x = photographs(bs, size)

@@ -39,7 +39,7 @@ def encoder_file(
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0008
 def encoder_learner(
-    file:Path, # Encoder file
+    file:str|Path, # Encoder file
     dls, # fastai `DataLoaders` without `Normalize`: they get that of the file
     size:int, # Side of the images in pixels
     trained:bool=True # Whether to load the weights; else they are random

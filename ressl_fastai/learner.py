@@ -306,6 +306,7 @@ def save_encoder(self:Learner,
 
 # %% ../nbs/07_learner.ipynb #167aaf33
 def _read_encoder(file):
+    file = Path(file)
     if not file.exists(): raise FileNotFoundError(f"no encoder file {file}")
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{file} cannot be read as an encoder file: {e}") from e
