@@ -4,11 +4,13 @@ ready tensors of the same type and layout. A few steps of each in turns, in one 
     .venv/bin/python benchmarks/step.py                        # the two that have bars: 32 px with a 3x3 stem, 64 px; about 3 minutes on 2 cores
     .venv/bin/python benchmarks/step.py resnet50 mobilenet vit  # others, each about a minute
 
-`parts` is where a step's time goes, from torch.profiler in steps of their own: data is the look-up, other is fastai's and our callbacks, recorder and loop."""
-import argparse, gc, statistics, time
-from contextlib import nullcontext
+`parts` is where a step's time goes, from torch.profiler in steps of their own: data is the look-up, other is fastai's and our callbacks, recorder and loop, as seen by the
+profiler, which slows it. `overhead_ms` is the same without the profiler: steps in which every other part does nothing.
+fastai writes zeros into the gradients, which is a part, zero_grad."""
+import argparse, gc, io, statistics, time
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
-from functools import partial
+from itertools import repeat
 from unittest.mock import patch
 
 import numpy as np, torch, torchvision.models as tvm
@@ -37,10 +39,10 @@ class Stamps(Callback):
         self.times.append(time.perf_counter())
         if len(self.times)>self.n: raise CancelFitException
 
-def steps(learn, n):
+def steps(learn, n, bar=False):
     "Seconds of each of `n` steps of `learn`, the first not counted: from the end of one batch to the end of the next, all that fastai does included"
     stamps = Stamps(n)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=stamps)
+    with nullcontext() if bar else learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=stamps)
     return np.diff(stamps.times).tolist()
 
 def arch(name, config):
@@ -90,11 +92,34 @@ def measure(learn, floor, n, rounds):
         if i: ours.append(a); bare.append(b)
     return ours,bare
 
+def named(learn):
+    "Where each part of a step is: the object and the name of the function"
+    return dict(views=(callback.ReSSL, '_view'), teacher=(callback.ReSSL, '_teach'), loss=(callback.ReSSL, '_loss'), ema=(callback, 'update_teacher'),
+                queue=(FeatureQueue, 'enqueue'), optimizer=(type(learn.opt), 'step'), zero_grad=(type(learn.opt), 'zero_grad'), student=(type(learn.model), 'forward'),
+                data=(type(learn.dls.train), 'create_batches'), backward=(torch.Tensor, 'backward'))
+
+@contextmanager
+def patched(learn, replace):
+    "Each part replaced by what `replace` makes of its name and function"
+    patches = [patch.object(o, nm, replace(k, getattr(o, nm))) for k,(o,nm) in named(learn).items()]
+    for p in patches: p.start()
+    try: yield
+    finally:
+        for p in patches: p.stop()
+
+def overhead(name, precision, n=60, **config):
+    "Milliseconds per step of fastai's loop, callbacks, recorder and progress bar, ours included: a training in which every part does nothing"
+    learn = make(name, precision, n=config.get('bs', 64)*(n+2), **config)
+    steps(learn, 1)
+    batch = next(iter(learn.dls.train.create_batches(range(learn.dls.train.bs))))
+    pred = torch.zeros(learn.dls.train.bs, learn.model.queue.feats.shape[1], requires_grad=True)
+    def loss(self, pred, *yb): self.restore_loss(); return pred.mean()
+    idle = dict(views=lambda self, x, tfms: x, teacher=lambda self, x: pred.detach(), student=lambda self, *x: pred, loss=loss, data=lambda self, samps: repeat(batch))
+    with patched(learn, lambda k,f: idle.get(k, lambda *args, **kwargs: None)), redirect_stdout(io.StringIO()): seconds = steps(learn, n, bar=True)
+    return round(1e3*statistics.median(seconds), 2)
+
 def parts(learn, n):
     "Milliseconds per step of each part"
-    labels = dict(views=(callback.ReSSL, '_view'), teacher=(callback.ReSSL, '_teach'), loss=(callback.ReSSL, '_loss'), ema=(callback, 'update_teacher'),
-                  queue=(FeatureQueue, 'enqueue'), optimizer=(type(learn.opt), 'step'), student=(type(learn.model), 'forward'), data=(type(learn.dls.train), 'create_batches'),
-                  backward=(torch.Tensor, 'backward'))
     def wrap(k, f):
         def labelled(*args, **kwargs):
             with record_function(f'part {k}'): return f(*args, **kwargs)
@@ -105,12 +130,7 @@ def parts(learn, n):
                 if b is None: return
                 yield b
         return batches if k=='data' else labelled
-    patches = [patch.object(o, nm, wrap(k, getattr(o, nm))) for k,(o,nm) in labels.items()]
-    for p in patches: p.start()
-    try:
-        with profile() as prof: seconds = steps(learn, n)
-    finally:
-        for p in patches: p.stop()
+    with patched(learn, wrap), profile() as prof: seconds = steps(learn, n)
     found = {e.key[5:]:e for e in prof.key_averages() if e.key.startswith('part ')}
     calls = {k:1+(k=='views') for k in found}
     ms = {k:round(e.cpu_time_total/e.count*calls[k]/1e3, 2) for k,e in found.items()}
@@ -131,7 +151,8 @@ def run(name, precision, rounds):
     bs = learn.dls.train.bs
     receipt('step', 0, config=name, precision=precision, layout='channels_last' if learn.precision.channels_last else 'contiguous', bs=bs, size=config['size'],
             images_per_second=round(bs/statistics.median(ours), 1), floor_images_per_second=round(bs/statistics.median(bare), 1), times_the_floor=ratio(ours, bare),
-            rounds=[round(a/b, 3) for a,b in zip(ours, bare)], parts=parts(learn, config['steps']), read_back=syncs(learn))
+            rounds=[round(a/b, 3) for a,b in zip(ours, bare)], parts=parts(learn, config['steps']), overhead_ms=(ms := overhead(name, precision, **config)),
+            overhead_share=round(ms/1e3/statistics.median(ours), 4), read_back=syncs(learn))
     gc.collect()
 
 if __name__=='__main__':

@@ -28,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn, Tensor
 
 from .views import clean_dl
@@ -167,7 +168,8 @@ def fit_logistic(
     x,clf,least = scaler.transform(x),LogisticRegression(C=Cs[(len(Cs)-1)//2], max_iter=1000),counts.min()
     if least==1 or len(Cs)==1: return make_pipeline(scaler, clf.fit(x, y))  # nothing to hold out, or to choose
     cv = StratifiedKFold(min(5, least), shuffle=True, random_state=seed) if len(y)<=2000 else StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
-    search = GridSearchCV(clf, {'C':list(Cs)}, cv=cv).fit(x, y)
+    # few images: threads that wait for each other take several times as long as one
+    with threadpool_limits(1 if len(y)<=2000 else None): search = GridSearchCV(clf, {'C':list(Cs)}, cv=cv).fit(x, y)
     return make_pipeline(scaler, search.best_estimator_)
 
 # %% ../nbs/06_evaluate.ipynb #ba1e8a06
