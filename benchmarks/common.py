@@ -56,14 +56,15 @@ def emoji(vendor, size=32, folder=Path(os.environ.get('EMOJI', '/tmp/emoji'))):
         return np.asarray(Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB').resize((size,size), Image.BILINEAR))
     return np.stack([picture(f) for f,_,_ in found]),np.array([c for _,c,_ in found]),np.array([u for _,_,u in found])
 
-def in_turns(cases, n, warm=1):
-    "Seconds per call of each of `cases` (name: function), taken in turns so that what disturbs the machine disturbs all; the first `warm` rounds do not count"
+def in_turns(cases, n, warm=1, least=0.):
+    """Seconds per call of each of `cases` (name: function), taken in turns so that what disturbs the machine disturbs all; the first `warm` rounds do not count.
+    In its turn a case is called again until `least` seconds have passed, so that short ones are not measured with the caches that long ones left"""
     res = {k:[] for k in cases}
     for i in range(n+warm):
         for k,f in cases.items():
-            start = time.perf_counter()
-            f()
-            if i>=warm: res[k].append(time.perf_counter()-start)
+            start,seconds,calls = time.perf_counter(),0.,0
+            while not calls or seconds<least: f(); calls += 1; seconds = time.perf_counter()-start
+            if i>=warm: res[k].append(seconds/calls)
     return res
 
 def ratio(a, b):

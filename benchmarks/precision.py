@@ -27,7 +27,8 @@ torch.set_num_threads(1)
 tiny = partial(small_resnet, widen=0.25)
 ways = {'float32':(None,False), 'float32, channels last':(None,True), 'bfloat16':(torch.bfloat16,False), 'bfloat16, channels last':(torch.bfloat16,True)}
 cases = {'tiny 8 px':(tiny,1,8), 'tiny 16 px':(tiny,1,16), 'small_resnet 16 px':(small_resnet,1,16), 'small_resnet 32 px':(small_resnet,3,32), 'resnet18 32 px':(tv.resnet18,3,32),
-         'resnet18 64 px':(tv.resnet18,3,64)}
+         'resnet18 64 px':(tv.resnet18,3,64), 'mobilenet_v3_small 64 px':(tv.mobilenet_v3_small,3,64), 'efficientnet_b0 64 px':(tv.efficientnet_b0,3,64),
+         'convnext_tiny 64 px':(tv.convnext_tiny,3,64)}
 
 def stepper(arch, n_in, size, dtype, channels_last, bs=64):
     "A function that makes one step"

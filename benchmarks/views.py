@@ -1,5 +1,5 @@
 """A weak and a strong view of 64 uint8 photographs, normalised, ready for the network: ours against kornia, torchvision on PIL images, torchvision's v2 on
-tensors and lightly, in turns in one process. One JSON line per size in results/views.jsonl. About a minute.
+tensors and lightly, in turns of at least a tenth of a second in one process. One JSON line per size in results/views.jsonl. About a minute.
 
     .venv/bin/pip install -e '.[bench]' && .venv/bin/python benchmarks/views.py
 
@@ -66,7 +66,7 @@ def main(sizes, bs, n):
     for size in sizes:
         torch.manual_seed(0)
         x = photographs(bs, size)
-        t = in_turns({k:f(x, size) for k,f in cases.items()}, n)
+        t = in_turns({k:f(x, size) for k,f in cases.items()}, n, least=0.1)
         receipt('views', 0, size=size, bs=bs, rounds=n, ms={k:spread(v) for k,v in t.items()}, images_per_second={k:round(bs*1e3/spread(v)['median']) for k,v in t.items()},
                 times_faster_than={k:ratio(v, t['ours']) for k,v in t.items() if k!='ours'})
 

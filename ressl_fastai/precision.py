@@ -22,6 +22,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.torch_core import get_model
 from fastcore.basics import store_attr
+from torch import nn
 from torch.amp import GradScaler
 
 # %% ../nbs/05a_precision.ipynb #5a000007
@@ -37,16 +38,22 @@ def has_bfloat16(
 # %% ../nbs/05a_precision.ipynb #5a000010
 precisions = {'float32':None, 'bfloat16':torch.bfloat16}
 
+def _mostly_depthwise(model):
+    "Whether it is built as MobileNet and EfficientNet are"
+    ms = list(model.modules())
+    return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels for m in ms) and any(isinstance(m, nn.BatchNorm2d) for m in ms)
+
 def choose_precision(
     precision:str, # 'float32', 'bfloat16', or 'auto': bfloat16 where it pays
     channels_last:bool|str, # Layout of maps and weights, or 'auto': where it pays
-    device:torch.device|str # Where it will compute
+    device:torch.device|str, # Where it will compute
+    model:nn.Module=None # What it will compute; default: not asked
 ) -> tuple: # What autocast computes in (None: float32), and whether channels come last
-    "bfloat16 and channels last on devices that have bfloat16"
+    "bfloat16 and channels last on devices that have bfloat16; on a CPU not bfloat16 for depthwise convolutions with batch norm"
     if precision not in (*precisions,'auto'): raise ValueError(f"precision must be 'auto', {' or '.join(map(repr, precisions))}, got {precision!r}")
     if channels_last not in (True,False,'auto'): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-    pays = has_bfloat16(device)
-    dtype = (torch.bfloat16 if pays else None) if precision=='auto' else precisions[precision]
+    pays,light = has_bfloat16(device),torch.device(device).type=='cpu' and model is not None and _mostly_depthwise(model)
+    dtype = (torch.bfloat16 if pays and not light else None) if precision=='auto' else precisions[precision]
     return dtype,(pays if channels_last=='auto' else channels_last)
 
 # %% ../nbs/05a_precision.ipynb #5a000014

@@ -2,7 +2,7 @@
 from copy import deepcopy
 from functools import partial
 
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, torchvision.models as tv
 from fastai.callback.fp16 import AMPMode
 from fastai.vision.all import Callback, MixedPrecision, SGD
 
@@ -115,6 +115,9 @@ def test_auto_asks_the_processor(monkeypatch):
     assert has('cpu') and choose_precision('auto', 'auto', 'cpu')==(torch.bfloat16,True)
     assert choose_precision('auto', 'auto', 'meta')==(None,False) and choose_precision('float32', False, 'cpu')==(None,False)
     assert not has('meta') and not has('mps')
+    for arch,dtype in ((tv.resnet18,torch.bfloat16), (tv.mobilenet_v3_small,None), (tv.efficientnet_b0,None), (tv.resnext50_32x4d,torch.bfloat16), (tv.convnext_tiny,torch.bfloat16)):
+        with torch.device('meta'): net = arch(weights=None)
+        assert choose_precision('auto', 'auto', 'cpu', net)==(dtype,True) and choose_precision('bfloat16', 'auto', 'cpu', net)==(torch.bfloat16,True)
 
 def test_impossible_arguments_are_refused():
     for kw,text in ((dict(precision='half'), "precision must be 'auto'"), (dict(precision=None), 'precision must be'), (dict(channels_last='yes'), 'channels_last must be')):
