@@ -64,7 +64,11 @@ def resize_taps(
     reach = step.clamp(min=1)
     if flipped is not None: step = torch.where(flipped[:,None,None], -step, step)
     centre = (start+last)/2 + torch.arange((1-size)/2, size/2, device=start.device)[:,None]*step
-    pixels = (centre-reach).floor() + torch.arange(1., 1+math.ceil(2*reach.max()), device=start.device)
+    first = (centre-reach).floor() + 1
+    if reach.max()==1:  # nothing shrinks: two pixels, of which the one beyond the border is the one at it
+        part = centre-first
+        return (first+torch.arange(2., device=start.device)).clamp(start, last).int(),torch.cat([1-part, part], 2)
+    pixels = first + torch.arange(math.ceil(2*reach.max()), device=start.device)
     inside = pixels.clamp(start, last)
     weights = (1 - (pixels-centre).abs()/reach).clamp(min=0) * (pixels==inside)
     return inside.int(),weights/weights.sum(2, keepdim=True)
