@@ -68,7 +68,7 @@ def fashion_dls():
     x,y,vx,vy = fashion_mnist(10_000, 2000)
     return tensor_dls(np.concatenate([x,vx])[:,None], np.concatenate([y,vy]), valid_idx=range(len(x), len(x)+len(vx)))
 
-data = dict(digits=dict(dls=digits_dls, epochs=15, views=(16,(0.7,1.),0.), stem=None), fashion=dict(dls=fashion_dls, epochs=4, views=(28,(0.4,1.),0.5), stem='small_pool'))
+data = dict(digits=dict(dls=digits_dls, epochs=15, views=(16,(0.7,1.),0.), stem='auto'), fashion=dict(dls=fashion_dls, epochs=4, views=(28,(0.4,1.),0.5), stem='small_pool'))
 
 def knn(nm, seed):
     for plain in (False,True):
