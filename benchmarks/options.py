@@ -67,7 +67,7 @@ options = ('compile','inference_mode','fused','allocator')
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('options', nargs='*', default=options, help=', '.join(options))
-    p.add_argument('--configs', nargs='+', default=['resnet18_32','resnet18_64'])
+    p.add_argument('--configs', nargs='+', default=['resnet18_64','resnet18_32_standard'], help=', '.join(configs))
     p.add_argument('--rounds', type=int, default=4)
     p.add_argument('--once', help="print the seconds of a step (used by the script itself)")
     args = p.parse_args()

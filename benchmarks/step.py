@@ -26,6 +26,7 @@ from ressl_fastai.learner import ressl_learner
 
 configs = dict(
     resnet18_32=dict(arch=tvm.resnet18, size=32, steps=3), resnet18_64=dict(arch=tvm.resnet18, size=64, steps=4),
+    resnet18_32_standard=dict(arch=tvm.resnet18, size=32, steps=6, stem='standard'),
     resnet50=dict(arch=tvm.resnet50, size=224, bs=16, steps=1, rounds=3), mobilenet=dict(arch=tvm.mobilenet_v3_small, size=64, steps=5),
     vit=dict(arch='vit_tiny_patch16_224', size=64, steps=4, kw=dict(img_size=64, patch_size=8)))
 
@@ -50,12 +51,12 @@ def arch(name, config):
     import timm
     return timm.create_model(config['arch'], pretrained=False, num_classes=0, **config['kw'])
 
-def make(name, precision, bs=64, queue_size=1024, crops=1, n=None, **config):
+def make(name, precision, bs=64, queue_size=1024, crops=1, n=None, stem='auto', **config):
     torch.manual_seed(0); np.random.seed(0)
     dls = tensor_dls(photographs(n or bs*(config.get('steps', 4)+2), config['size']), valid_pct=0, bs=bs)
     kw = {}
     if crops>1: kw['strong_tfms'] = [callback_strong(config['size']) for _ in range(crops)]
-    return ressl_learner(dls, arch(name, config), queue_size=min(queue_size, dls.train.n), precision=precision, metrics=[], **kw)
+    return ressl_learner(dls, arch(name, config), stem=stem, queue_size=min(queue_size, dls.train.n), precision=precision, metrics=[], **kw)
 
 def callback_strong(size):
     from ressl_fastai.views import strong_tfms
