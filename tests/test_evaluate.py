@@ -2,8 +2,8 @@
 import math
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (Callback, DataBlock, EarlyStoppingCallback, ImageBlock, IndexSplitter, MultiCategoryBlock, PILImageBW, RegressionBlock,
-    SaveModelCallback)
+from fastai.vision.all import (Callback, DataBlock, EarlyStoppingCallback, ImageBlock, IndexSplitter, MultiCategoryBlock, Normalize, PILImageBW, RegressionBlock,
+    SaveModelCallback, aug_transforms)
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -160,6 +160,22 @@ def test_linear_probe_is_on_clean_images_of_any_dataloader():
     for kw in (dict(teacher=True), dict(projected=True)):
         (x,y),valid = embed(learn, learn.dls.train, **kw),embed(learn, **kw)
         assert linear_probe(learn, part, **kw)==linear_accuracy(x[::3], y[::3], *valid)
+
+def test_embed_sees_clean_images_in_the_order_of_the_items():
+    "Against the encoder applied to the stored pixels, normalised by hand; control: what the loader itself gives is augmented and shuffled"
+    dls = digits_dls(8, batch_tfms=aug_transforms(size=8, max_rotate=30., p_affine=1.))
+    learn = make(dls, queue_size=64)
+    norm = next(f for f in learn.dls.train.after_batch.fs if isinstance(f, Normalize))
+    x = (learn.dls.train.images[learn.dls.train.rows].as_subclass(torch.Tensor)/255-norm.mean)/norm.std
+    with torch.no_grad(): want = learn.model.encoder.eval()(x.as_subclass(torch.Tensor))
+    torch.testing.assert_close(embed(learn, learn.dls.train)[0].as_subclass(torch.Tensor), want, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(): loaded = learn.model.encoder(learn.dls.train.one_batch()[0].as_subclass(torch.Tensor))
+    assert not torch.allclose(loaded, want[:len(loaded)], atol=1e-2)
+
+def test_embed_refuses_another_normalization():
+    learn = make(digits_dls(8), queue_size=64)
+    with pytest.raises(ValueError, match='must have the Normalize of the learner'):
+        embed(learn, digits_dls(8, batch_tfms=Normalize.from_stats([0.9], [0.9], cuda=False)).valid)
 
 def test_classes_that_training_lacks_are_never_right():
     (x,y),(vx,vy) = clusters(210, 0),clusters(140, 1)
