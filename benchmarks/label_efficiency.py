@@ -8,10 +8,10 @@ categories are those with more than five pictures. fashion: pretrained on the fi
 Encoders are kept in /tmp/label_efficiency (or $ENCODERS):
 a run that is repeated takes them from there. Few cores: --seeds 0 --labels 10 is the shortest.
 """
-import json, os, sys, time
+import json, os, time
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImage, PILImageBW, aug_transforms, set_seed
 from fastcore.script import call_parse
 

@@ -4,7 +4,6 @@
     .venv/bin/python benchmarks/scaling.py
 """
 import argparse, statistics
-from functools import partial
 
 import torch, torchvision.models as tvm
 

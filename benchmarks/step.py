@@ -16,7 +16,6 @@ from unittest.mock import patch
 import numpy as np, torch, torchvision.models as tvm
 from fastai.callback.core import Callback, CancelFitException
 from torch.profiler import profile, record_function
-from torch.utils import mkldnn
 
 from common import photographs, ratio, receipt
 from ressl_fastai import callback
@@ -51,16 +50,10 @@ def arch(name, config):
     import timm
     return timm.create_model(config['arch'], pretrained=False, num_classes=0, **config['kw'])
 
-def make(name, precision, bs=64, queue_size=1024, crops=1, n=None, stem='auto', **config):
+def make(name, precision, bs=64, queue_size=1024, n=None, stem='auto', **config):
     torch.manual_seed(0); np.random.seed(0)
     dls = tensor_dls(photographs(n or bs*(config.get('steps', 4)+2), config['size']), valid_pct=0, bs=bs)
-    kw = {}
-    if crops>1: kw['strong_tfms'] = [callback_strong(config['size']) for _ in range(crops)]
-    return ressl_learner(dls, arch(name, config), stem=stem, queue_size=min(queue_size, dls.train.n), precision=precision, metrics=[], **kw)
-
-def callback_strong(size):
-    from ressl_fastai.views import strong_tfms
-    return strong_tfms(size)
+    return ressl_learner(dls, arch(name, config), stem=stem, queue_size=min(queue_size, dls.train.n), precision=precision, metrics=[])
 
 class Floor:
     "Networks alone"

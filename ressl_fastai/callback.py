@@ -20,7 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.data.transforms import Normalize
-from fastai.torch_core import get_model, to_device
+from fastai.torch_core import TensorImage, get_model, to_device
 from fastcore.basics import first, listify, store_attr
 from torch import Tensor
 
@@ -150,7 +150,9 @@ class ReSSL(Callback):
 
     def _view(self, x, tfms):
         x = tfms(x.as_subclass(Tensor)).as_subclass(Tensor)
-        return x if self.normalize is None else x.sub(self.normalize.mean).div_(self.normalize.std).as_subclass(Tensor)  # as its encodes, without what a TensorImage costs
+        if self.normalize is None: return x
+        if type(self.normalize) is not Normalize: return self.normalize.encodes(x.as_subclass(TensorImage)).as_subclass(Tensor)
+        return x.sub(self.normalize.mean).div_(self.normalize.std).as_subclass(Tensor)  # fastai's encodes, without what a TensorImage costs
 
     def before_batch(self):
         "Strong views for the student; weak views are kept for the teacher"

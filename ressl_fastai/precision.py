@@ -38,8 +38,8 @@ def has_bfloat16(
 # %% ../nbs/05a_precision.ipynb #5a000010
 precisions = {'float32':None, 'bfloat16':torch.bfloat16}
 
-def _mostly_depthwise(model):
-    "Whether it is built as MobileNet and EfficientNet are"
+def _depthwise(model):
+    "Whether it has depthwise convolutions and batch norm, as MobileNet and EfficientNet have"
     ms = list(model.modules())
     return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels for m in ms) and any(isinstance(m, nn.BatchNorm2d) for m in ms)
 
@@ -52,7 +52,7 @@ def choose_precision(
     "bfloat16 and channels last on devices that have bfloat16; on a CPU not bfloat16 for depthwise convolutions with batch norm"
     if precision not in (*precisions,'auto'): raise ValueError(f"precision must be 'auto', {' or '.join(map(repr, precisions))}, got {precision!r}")
     if channels_last not in (True,False,'auto'): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-    pays,light = has_bfloat16(device),torch.device(device).type=='cpu' and model is not None and _mostly_depthwise(model)
+    pays,light = has_bfloat16(device),torch.device(device).type=='cpu' and model is not None and _depthwise(model)
     dtype = (torch.bfloat16 if pays and not light else None) if precision=='auto' else precisions[precision]
     return dtype,(pays if channels_last=='auto' else channels_last)
 

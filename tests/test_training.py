@@ -85,6 +85,20 @@ def test_d28_normalised_once_and_augmented_by_the_views_alone(batch_tfms):
     x,_ = next(iter(learn.dls.valid))
     torch.testing.assert_close(x.as_subclass(Tensor), normalise(next(iter(digits_dls(8).valid))[0]).as_subclass(Tensor))
 
+class Doubled(Normalize):
+    "A user's own: its `encodes` is not (x-mean)/std"
+    def encodes(self, x:TensorImage): return 2*(x-self.mean)/self.std
+
+def test_a_normalize_of_ones_own_is_what_views_get():
+    "Control: Normalize of the same numbers gives half of it"
+    views = []
+    for cls in (Doubled,Normalize):
+        learn = make(digits_dls(8, batch_tfms=cls.from_stats([0.2], [0.4], cuda=False)), weak_tfms=lambda x: x)
+        learn.ressl.normalize = get_normalize(learn.dls)
+        views.append(learn.ressl._view(torch.full((1,1,8,8), 0.6), lambda x: x))
+    torch.testing.assert_close(views[0], torch.full((1,1,8,8), 2.)); torch.testing.assert_close(views[1], torch.full((1,1,8,8), 1.))
+    assert type(views[0]) is Tensor and type(views[1]) is Tensor
+
 def test_images_normalised_elsewhere_or_twice_are_refused():
     dls = digits_dls(8)
     for _ in range(2): dls.add_tfms([Normalize.from_stats([0.2], [0.4], cuda=False)], 'after_batch')
