@@ -20,6 +20,7 @@ __all__ = ['crop_boxes', 'resize_taps', 'weigh_rows', 'blur_taps', 'color_matric
 
 # %% ../nbs/03_views.ipynb #caaa5b04
 import math, warnings
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -41,15 +42,17 @@ def crop_boxes(
     generator:torch.Generator=None # Source of the random numbers; default: torch's own
 ) -> Tensor: # (bs, 4) whole numbers on the CPU: top, left, height, width
     "Random boxes, one per image, distributed as torchvision's `RandomResizedCrop.get_params`"
-    image = np.array([[h],[w]], np.float32)  # few numbers: numpy's calls cost half of torch's
-    def uniform(lo, hi, *shape): return torch.empty(*shape, bs).uniform_(lo, hi, generator=generator).numpy()
-    area,half = uniform(h*w*scale[0], h*w*scale[1], 10),np.exp(uniform(*(math.log(o)/2 for o in ratio), 10))
-    sides = np.rint(np.sqrt(area)*np.stack([1/half, half]))
+    image,u = np.array([[h],[w]], np.float32),torch.rand(22, bs, generator=generator).numpy()  # few numbers: numpy's calls cost half of torch's
+    def between(u, lo, hi): return lo + (hi-lo)*u
+    side,half = np.sqrt(between(u[:10], h*w*scale[0], h*w*scale[1])),np.exp(between(u[10:20], *(math.log(o)/2 for o in ratio)))
+    sides = np.rint(np.stack([side/half, side*half]))
     fits = ((sides>0) & (sides<=image[:,None])).all(0)
-    sides,ok = sides[:,fits.argmax(0),np.arange(bs)],fits.any(0)
-    sides = np.where(ok, sides, [[min(h, max(1, round(w/ratio[0])))], [min(w, max(1, round(h*ratio[1])))]])
-    corner = np.floor(np.where(ok, uniform(0, 1, 2)*(image-sides+1), (image-sides)/2))
-    return torch.from_numpy(np.concatenate([corner, sides]).T.astype(np.float32))
+    sides = sides[:,fits.argmax(0),np.arange(bs)]
+    corner,none = np.floor(u[20:]*(image-sides+1)),~fits.any(0)
+    if none.any():
+        sides[:,none] = [[min(h, max(1, round(w/ratio[0])))], [min(w, max(1, round(h*ratio[1])))]]
+        corner[:,none] = np.floor((image-sides[:,none])/2)
+    return torch.from_numpy(np.concatenate([corner, sides]).T)
 
 # %% ../nbs/03_views.ipynb #84a975f3
 def resize_taps(
@@ -73,6 +76,18 @@ def resize_taps(
     weights = (1 - (pixels-centre).abs()/reach).clamp(min=0) * (pixels==inside)
     return inside.int(),weights/weights.sum(2, keepdim=True)
 
+@lru_cache(maxsize=8)
+def _all_taps(n, size):
+    "Of all intervals from the first pixel on that `n` pixels can hold; then the same backwards"
+    length = torch.arange(n+1.).clamp(min=1).repeat(2)
+    return resize_taps(torch.zeros_like(length), length, size, torch.arange(2*n+2)>n)
+
+def _look_up(start, length, flipped, n, size):
+    "`resize_taps` of whole numbers"
+    if n>512: return resize_taps(start, length, size, flipped)  # a large table, and little to gain
+    (pixels,weights),i = _all_taps(n, size),length+flipped*(n+1)
+    return pixels.index_select(0, i).add_(start[:,None,None]),weights.index_select(0, i)
+
 # %% ../nbs/03_views.ipynb #5d0f7a11
 def weigh_rows(
     x:Tensor, # (bs, c, n, m) float32
@@ -92,12 +107,11 @@ def blur_taps(
     sigma:Tensor, # (bs,) standard deviations in pixels of the view, >= 0; 0 is no blur
     size:int # Pixels along this axis
 ) -> tuple: # Pixels and their weights, both (bs, size, k); weights sum to 1
-    "Gaussian blur along one axis to four standard deviations; at the border the weights inside are rescaled"
-    radius = min(size-1, math.ceil(4*sigma.max()))
-    offsets = torch.arange(-radius, radius+1, device=sigma.device)
-    pixels = torch.arange(size, device=sigma.device)[:,None] + offsets
-    weights = (-0.5*(offsets/sigma.clamp(min=1e-3)[:,None,None])**2).exp() * ((pixels>=0) & (pixels<size))
-    return pixels.clamp(0, size-1).int().expand(weights.shape),weights/weights.sum(2, keepdim=True)
+    "Gaussian blur along one axis to four standard deviations; beyond the border is the pixel at it"
+    offsets = torch.arange(-math.ceil(4*sigma.max()), math.ceil(4*sigma.max())+1, device=sigma.device)
+    pixels = (torch.arange(size, device=sigma.device)[:,None]+offsets).clamp(0, size-1).int()
+    weights = (-0.5*(offsets/sigma.clamp(min=1e-3)[:,None])**2).softmax(1)
+    return pixels.expand(len(sigma), -1, -1),weights[:,None].expand(-1, size, -1)
 
 # %% ../nbs/03_views.ipynb #c706741b
 _luma = torch.tensor([0.299,0.587,0.114])
@@ -138,22 +152,22 @@ def draw_jitter(
 
 # %% ../nbs/03_views.ipynb #bbe7155e
 def _resample(x, taps):
-    "Rows, then columns, the latter as rows of the transposed images"
+    "Rows, then columns, the latter as rows of the transposed images; so the result lies in memory with columns first, on which the next two build"
     x = x.float()
     for o in taps: x = weigh_rows(x, *o).mT
     return x
 
 def _blur(x, sigma):
     "In place, and of those images that are blurred at all"
-    blurred = sigma.nonzero()[:,0]
+    x,blurred = x.mT,sigma.nonzero()[:,0].to(x.device)
     if not len(blurred): return
-    taps = {n:blur_taps(sigma[blurred], n) for n in set(x.shape[2:])}
-    x[blurred] = _resample(x[blurred], [taps[n] for n in x.shape[2:]])
+    taps = {n:blur_taps(sigma[sigma>0], n) for n in set(x.shape[2:])}
+    x[blurred] = _resample(x.index_select(0, blurred), [taps[n] for n in x.shape[2:]])
 
 def _color(x, jitter, out):
-    c = x.shape[1]
+    x,c = x.mT,x.shape[1]
     m = color_matrices(x.mean((2,3)), jitter)
-    torch.baddbmm(m[:,:,c:], m[:,:,:c], x.flatten(2), out=out.view(len(x), c, -1)).clamp_(0, 1)
+    torch.clamp(torch.baddbmm(m[:,:,c:], m[:,:,:c], x.flatten(2)).view(x.shape).mT, 0, 1, out=out)
 
 class RandomView:
     "Batch transform: crop, flip, colour and blur, every image with its own random numbers"
@@ -204,13 +218,13 @@ class RandomView:
         for i in range(0, len(x), n):
             part = slice(i, i+n)
             y = _resample(x[part], [[o[part] for o in axis] for axis in taps])
-            _blur(y, sigma[part])
+            if self.blur_p: _blur(y, sigma[part])
             if jitter is None: v[part] = y
             else: _color(y, jitter[part], v[part])
 
     def _at_a_time(self, x):
         "Images that fit a processor's cache; on a GPU all"
-        return max(1, 2**18//max(x[0].numel(), x.shape[1]*math.prod(self.size))) if x.device.type=='cpu' else len(x)
+        return max(1, 2**19//max(x[0].numel(), x.shape[1]*math.prod(self.size))) if x.device.type=='cpu' else len(x)
 
     def _say_what_is_left_out(self, c):
         if c in (1,3) or self._said or not (self.gray_p or self.jitter_p and any(self.jitter[2:])): return
@@ -220,14 +234,14 @@ class RandomView:
     def _draw(self, bs, h, w):
         "Boxes (bs, 4), whether flipped (bs,) and standard deviation of the blur (bs,), 0 without"
         boxes = crop_boxes(bs, h, w, self.scale, self.ratio, self.generator)
-        flipped,blurred = (torch.rand(bs, generator=self.generator)<p for p in (self.flip_p, self.blur_p))
-        return boxes,flipped,torch.empty(bs).uniform_(*self.blur_sigma, generator=self.generator).where(blurred, 0.)
+        (flip,blur,sigma),(lo,hi) = torch.rand(3, bs, generator=self.generator),self.blur_sigma
+        return boxes,flip<self.flip_p,(lo+(hi-lo)*sigma).where(blur<self.blur_p, 0.)
 
     def _taps(self, boxes, flipped, x):
         "Of rows and of columns: crop, flip and resize"
-        start,length,flips,(h,w) = boxes.T[:2],boxes.T[2:],torch.stack([torch.zeros_like(flipped), flipped]),self.size
-        if h==w: rows,cols = zip(*[o.chunk(2) for o in resize_taps(start.flatten(), length.flatten(), h, flips.flatten())])  # both at once
-        else: rows,cols = map(resize_taps, start, length, (h,w), flips)
+        (start,length),flips,n,(h,w) = boxes.int().T.chunk(2),torch.stack([torch.zeros_like(flipped), flipped]),x.shape[2:],self.size
+        if h==w and n[0]==n[1]: rows,cols = zip(*[o.chunk(2) for o in _look_up(start.flatten(), length.flatten(), flips.flatten(), n[0], h)])  # both at once
+        else: rows,cols = map(_look_up, start, length, flips, n, (h,w))
         return ((rows[0],rows[1]/255) if x.dtype==torch.uint8 else rows),cols
 
 # %% ../nbs/03_views.ipynb #b3901d08

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.learner import ressl_learner
-from ressl_fastai.views import RandomView, clean_dl, color_matrices, crop_boxes, strong_tfms, weak_tfms
+from ressl_fastai.views import RandomView, _look_up, clean_dl, color_matrices, crop_boxes, strong_tfms, weak_tfms
 
 pytestmark = pytest.mark.filterwarnings('ignore:images have 13 channels')
 p_false = 1e-5
@@ -222,8 +222,7 @@ def test_a_view_is_torchvisions_operations_one_after_another(monkeypatch, size):
     got = strong_tfms(size, blur_sigma=(0.7,2.))(x)
     boxes,flipped,sigma = drawn
     def blurred(o, sigma):
-        kw = dict(sigma=(0,sigma,sigma), mode='constant', radius=(0,*size))
-        return torch.from_numpy(gaussian_filter(o.numpy(), **kw)/gaussian_filter(np.ones_like(o), **kw))
+        return torch.from_numpy(gaussian_filter(o.numpy(), (0,sigma,sigma), mode='nearest', radius=(0,*size)))
     def errors(x, v, box, sigma, shift=0):
         t,l,h,w = box.int().tolist()
         base = TF.resized_crop(x, t, abs(l-shift), h, w, list(size), antialias=True)
@@ -234,6 +233,16 @@ def test_a_view_is_torchvisions_operations_one_after_another(monkeypatch, size):
     assert (best<1e-3).all() and (best<0.1*spread).all() and (second>0.5*spread).all()
     assert torch.equal(errs.argmin(1), 2*flipped+(sigma>0)) and len(errs.argmin(1).unique())==4  # all four occur, but for a probability of 4e-4
     assert (shifted>0.5*spread[:,None]).all()               # control: crops one pixel beside
+
+def test_weights_looked_up_are_those_computed():
+    "Images of up to 512 pixels look them up; a larger one computes them"
+    length = torch.randint(1, 513, (200,), dtype=torch.int32)
+    start,flipped = (torch.rand(200)*(513-length)).int(),torch.rand(200)<0.5
+    def matrix(n, start=start, flipped=flipped):
+        pixels,weights = _look_up(start, length, flipped, n, 48)
+        return torch.zeros(200, 48, 513).scatter_add_(2, pixels.long(), weights)
+    torch.testing.assert_close(matrix(512), matrix(513), rtol=0, atol=2**-13)  # four roundings of numbers up to 512, 2**-15 each
+    for wrong in (dict(start=start.clamp(min=1)-1), dict(flipped=~flipped)): assert (matrix(512)-matrix(513, **wrong)).abs().max()>0.5, wrong
 
 def mean_and_variance(v):
     "Over all views and pixels by channel, (2, c), with their standard errors"
