@@ -75,9 +75,25 @@ def spread(seconds, digits=2):
     "Milliseconds: median, smallest and largest"
     return dict(median=round(1e3*statistics.median(seconds), digits), min=round(1e3*min(seconds), digits), max=round(1e3*max(seconds), digits))
 
-def memory(field):
-    "Megabytes of this process: VmRSS now, VmHWM at most (Linux)"
-    return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(field))/1024
+def _memory(field): return next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(field))/1024
+
+def peak(run):
+    "Megabytes by which `run` raises the memory of this process, at most (Linux)"
+    Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
+    before = _memory('VmRSS')
+    run()
+    return _memory('VmHWM')-before
+
+def peaks(cases, *args):
+    "Megabytes of each of `cases`, in a process of its own in which the script calls `answer_peak`"
+    def of(case): return float(subprocess.run([sys.executable, sys.argv[0], '--peak', case, *map(str, args)], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return {k:round(of(k), 1) for k in cases}
+
+def answer_peak(measure):
+    "If this process is one that `peaks` has started, print what `measure` says of its case and arguments, and end"
+    if '--peak' not in sys.argv[1:2]: return
+    print(measure(*sys.argv[2:]))
+    sys.exit()
 
 def photographs(n, size):
     "(n, 3, size, size) uint8: parts of scikit-learn's two photographs, of random place and size, resized"

@@ -3,13 +3,12 @@ features are random, normalised. One JSON line in results/knn.jsonl. About a min
 
     .venv/bin/pip install -e '.[bench]' && .venv/bin/python benchmarks/knn.py
 """
-import argparse, subprocess, sys
-from pathlib import Path
+import argparse
 
 import torch
 import torch.nn.functional as F
 
-from common import in_turns, memory, ratio, receipt, spread
+from common import answer_peak, in_turns, peak, peaks, ratio, receipt, spread
 from ressl_fastai.evaluate import knn_accuracy
 
 def features(n_bank, n, dim, n_classes=10):
@@ -28,30 +27,24 @@ def with_faiss(bank_x, bank_y, x, y, k=20, temp=0.1):
 
 cases = dict(ours=knn_accuracy, faiss=with_faiss)
 
-def peak(name, shape):
-    "Megabytes by which the search raises the process's memory, at most (Linux)"
-    cases[name](*features(1000, 100, shape[2]))
-    args = features(*shape)
-    Path('/proc/self/clear_refs').write_text('5')
-    before = memory('VmRSS')
-    cases[name](*args)
-    return memory('VmHWM')-before
-
-def peak_of(name, shape):
-    return float(subprocess.run([sys.executable, __file__, '--peak', name, '--shape', *map(str, shape)], capture_output=True, text=True, check=True).stdout)
+def memory(name, *shape):
+    "Megabytes that the search takes"
+    n_bank,n,dim = map(int, shape)
+    cases[name](*features(1000, 100, dim))
+    args = features(n_bank, n, dim)
+    return peak(lambda: cases[name](*args))
 
 def main(shape, rounds):
     args = features(*shape)
     found = {k:f(*args) for k,f in cases.items()}
     t = in_turns({k:lambda f=f: f(*args) for k,f in cases.items()}, rounds, warm=0)
     receipt('knn', 0, bank=shape[0], queries=shape[1], dim=shape[2], accuracy={k:round(v, 4) for k,v in found.items()}, ms={k:spread(v, 0) for k,v in t.items()},
-            times_faiss=ratio(t['ours'], t['faiss']), mb={k:round(peak_of(k, shape), 1) for k in cases})
+            times_faiss=ratio(t['ours'], t['faiss']), mb=peaks(cases, *shape))
 
 if __name__=='__main__':
+    answer_peak(memory)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--shape', type=int, nargs=3, default=[60_000,10_000,512], help="features in the bank, queries, width")
     p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--peak', help="print the peak of one case (used by the script itself)")
     args = p.parse_args()
-    if args.peak: print(peak(args.peak, args.shape))
-    else: main(args.shape, args.rounds)
+    main(args.shape, args.rounds)

@@ -3,13 +3,10 @@ the embeddings, each case in its own process. One JSON line per shape in results
 
     .venv/bin/python benchmarks/loss.py
 """
-import argparse, statistics, subprocess, sys, time
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
-from common import memory, receipt
+from common import answer_peak, in_turns, peak, peaks, ratio, receipt, spread
 from ressl_fastai.losses import ressl_loss
 
 shapes = ((64,1024,128), (256,4096,128), (256,16384,128), (256,65536,512), (256,131072,512))
@@ -30,39 +27,19 @@ def step(loss, zs, zt, queue):
     zs.grad = None
     loss(zs, zt, queue).backward()
 
-def times(shape, n):
-    "Seconds per call of both, taken in turns after one call each that does not count"
-    args,res = embeddings(*shape),{k:[] for k in losses}
-    for i in range(n+1):
-        for k,loss in losses.items():
-            start = time.perf_counter()
-            step(loss, *args)
-            if i: res[k].append(time.perf_counter()-start)
-    return res
-
-def peak(name, shape):
-    "Megabytes by which forward and backward raise the process's memory, at most (Linux)"
-    step(losses[name], *embeddings(64, 1024, shape[2]))  # what the libraries allocate once
-    args = embeddings(*shape)
-    Path('/proc/self/clear_refs').write_text('5')          # the peak so far is forgotten
-    before = memory('VmRSS')
-    step(losses[name], *args)
-    return memory('VmHWM')-before
-
-def peak_of(name, shape):
-    out = subprocess.run([sys.executable, __file__, '--peak', name, *map(str, shape)], capture_output=True, text=True, check=True)
-    return float(out.stdout)
+def memory(name, *shape):
+    "Megabytes that forward and backward take"
+    bs,size,dim = map(int, shape)
+    step(losses[name], *embeddings(64, 1024, dim))  # what the libraries allocate once
+    args = embeddings(bs, size, dim)
+    return peak(lambda: step(losses[name], *args))
 
 def main():
-    for shape in shapes:
-        t,mb = times(shape, 15 if shape[1]<30000 else 5),{k:peak_of(k, shape) for k in losses}
-        ms = {k:dict(median=round(1e3*statistics.median(v), 2), min=round(1e3*min(v), 2), max=round(1e3*max(v), 2)) for k,v in t.items()}
-        receipt('loss', 0, bs=shape[0], queue_size=shape[1], dim=shape[2], ms=ms, mb={k:round(v, 1) for k,v in mb.items()},
-                speedup=round(statistics.median(a/b for a,b in zip(t['published'], t['ours'])), 2))
+    for bs,size,dim in shapes:
+        args = embeddings(bs, size, dim)
+        t = in_turns({k:lambda loss=loss: step(loss, *args) for k,loss in losses.items()}, 15 if size<30000 else 5)
+        receipt('loss', 0, bs=bs, queue_size=size, dim=dim, ms={k:spread(v) for k,v in t.items()}, mb=peaks(losses, bs, size, dim), speedup=ratio(t['published'], t['ours']))
 
 if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--peak', nargs=4, metavar=('NAME','BS','K','DIM'), help="print the peak of one case (used by the script itself)")
-    args = p.parse_args()
-    if args.peak: print(peak(args.peak[0], tuple(map(int, args.peak[1:]))))
-    else: main()
+    answer_peak(memory)
+    main()

@@ -22,7 +22,7 @@ from PIL import Image
 from self_supervised.vision.moco import MOCO, MoCoModel, create_moco_model, get_moco_aug_pipelines
 from torch import nn
 
-from common import photographs, ratio, receipt
+from common import answer_peak, peak, peaks, photographs, ratio, receipt, spread
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import create_encoder
@@ -74,24 +74,35 @@ def self_supervised(x, size):
     learn = Learner(dls, create_moco_model(nn.Sequential(encoder(size), nn.Flatten()), 512, 128), loss_func=nn.MSELoss(), cbs=[MOCO(pipelines, K=queue_size)])
     return lambda n: steps(learn, n)
 
+cases = dict(ours=lambda x,size: ours(x, size, 'auto'), ours_float32=lambda x,size: ours(x, size, 'float32'), lightly=lightlys, self_supervised=self_supervised)
+
+def memory(name, size):
+    "Megabytes that networks, data and a few steps take; of the main process, so without lightly's workers"
+    torch.manual_seed(0)
+    x = photographs(bs*5, int(size))
+    def run(): f = cases[name](x, int(size)); f(2)
+    return peak(run)
+
 def main(sizes, n, rounds):
     for size in sizes:
         torch.manual_seed(0); np.random.seed(0)
         x = photographs(bs*(n+2), size)
-        cases = dict(ours=ours(x, size, 'auto'), ours_float32=ours(x, size, 'float32'), lightly=lightlys(x, size), self_supervised=self_supervised(x, size))
-        t = {k:[] for k in cases}
+        fs = {k:f(x, size) for k,f in cases.items()}
+        t = {k:[] for k in fs}
         for i in range(rounds+1):
-            for k,f in cases.items():
+            for k,f in fs.items():
                 s = statistics.mean(f(n))
                 if i: t[k].append(s)
         receipt('peers', 0, size=size, bs=bs, arch='resnet18', images_per_second={k:round(bs/statistics.median(v), 1) for k,v in t.items()},
-                times_faster_than={k:ratio(v, t['ours']) for k,v in t.items() if k!='ours'}, float32_times_faster_than={k:ratio(v, t['ours_float32']) for k,v in t.items() if not k.startswith('ours')})
+                times_faster_than={k:ratio(v, t['ours']) for k,v in t.items() if k!='ours'}, float32_times_faster_than={k:ratio(v, t['ours_float32']) for k,v in t.items() if not k.startswith('ours')},
+                ms={k:spread(v) for k,v in t.items()}, mb=peaks(cases, size))
 
 if __name__=='__main__':
+    warnings.filterwarnings('ignore')
+    answer_peak(memory)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--sizes', type=int, nargs='+', default=[64,32], help="sides in pixels")
     p.add_argument('--steps', type=int, default=3, help="steps of each in a round")
     p.add_argument('--rounds', type=int, default=5)
     args = p.parse_args()
-    warnings.filterwarnings('ignore')
     main(args.sizes, args.steps, args.rounds)

@@ -7,7 +7,7 @@ import argparse, statistics
 
 import torch, torchvision.models as tvm
 
-from common import photographs, receipt
+from common import answer_peak, peak, peaks, photographs, receipt, spread
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.views import strong_tfms
@@ -32,16 +32,22 @@ def full_queue(size, dim=128):
     queue.enqueue(torch.nn.functional.normalize(torch.randn(size, dim), dim=1))
     return queue
 
+def memory(value, name):
+    "Megabytes that networks, data and a few steps take"
+    def run(): learn = make(**{**base, name:int(value)}); steps(learn, 2)
+    return peak(run)
+
 def main(names, n):
     for name in names:
         rows = []
         for v in series[name]:
             learn = make(**{**base, name:v})
             s = steps(learn, n)
-            rows.append({name:v, 'ms':round(1e3*statistics.median(s), 2), 'images_per_second':round(learn.dls.train.bs/statistics.median(s), 1), 'parts':parts(learn, 3)})
+            rows.append({name:v, 'ms':round(1e3*statistics.median(s), 2), 'spread':spread(s), 'images_per_second':round(learn.dls.train.bs/statistics.median(s), 1), 'parts':parts(learn, 3), 'mb':peaks([str(v)], name)[str(v)]})
         receipt('scaling', 0, series=name, base=base, rows=rows)
 
 if __name__=='__main__':
+    answer_peak(memory)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('series', nargs='*', default=list(series), help=', '.join(series))
     p.add_argument('--steps', type=int, default=4)

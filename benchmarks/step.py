@@ -17,7 +17,7 @@ import numpy as np, torch, torchvision.models as tvm
 from fastai.callback.core import Callback, CancelFitException
 from torch.profiler import profile, record_function
 
-from common import photographs, ratio, receipt
+from common import answer_peak, peak, peaks, photographs, ratio, receipt, spread
 from ressl_fastai import callback
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.feature_queue import FeatureQueue
@@ -72,6 +72,15 @@ class Floor:
             with torch.no_grad(): self.model.teacher(self.x)
         (z.float()*self.x.mean()).sum().backward()
         self.opt.step(); self.opt.zero_grad()
+
+def memory(case, name, precision):
+    "Megabytes that the networks, their optimizer and a few steps take"
+    def ours(): learn = make(name, precision, **configs[name]); steps(learn, 2)
+    def floor():
+        f = Floor(make(name, precision, **configs[name]), precision)
+        gc.collect()
+        for _ in range(3): f()
+    return peak(dict(ours=ours, floor=floor)[case])
 
 def timed(f):
     start = time.perf_counter()
@@ -145,11 +154,12 @@ def run(name, precision, rounds):
     bs = learn.dls.train.bs
     receipt('step', 0, config=name, precision=precision, layout='channels_last' if learn.precision.channels_last else 'contiguous', bs=bs, size=config['size'],
             images_per_second=round(bs/statistics.median(ours), 1), floor_images_per_second=round(bs/statistics.median(bare), 1), times_the_floor=ratio(ours, bare),
-            rounds=[round(a/b, 3) for a,b in zip(ours, bare)], parts=parts(learn, config['steps']), overhead_ms=(ms := overhead(name, precision, **config)),
+            rounds=[round(a/b, 3) for a,b in zip(ours, bare)], ms=dict(ours=spread(ours), floor=spread(bare)), mb=peaks(('ours','floor'), name, precision), parts=parts(learn, config['steps']), overhead_ms=(ms := overhead(name, precision, **config)),
             overhead_share=round(ms/1e3/statistics.median(ours), 4), read_back=syncs(learn))
     gc.collect()
 
 if __name__=='__main__':
+    answer_peak(memory)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('configs', nargs='*', default=['resnet18_32','resnet18_64'], help=', '.join(configs))
     p.add_argument('--precision', nargs='+', default=['bfloat16','float32'], choices=['bfloat16','float32'])

@@ -16,7 +16,7 @@ from lightly.transforms.multi_view_transform import MultiViewTransform
 from PIL import Image
 from torch import nn
 
-from common import in_turns, photographs, ratio, receipt, spread
+from common import answer_peak, in_turns, peak, peaks, photographs, ratio, receipt, spread
 from ressl_fastai.callback import ReSSL
 from ressl_fastai.views import strong_tfms, weak_tfms
 
@@ -62,6 +62,12 @@ def lightlys(x, size):
 
 cases = dict(ours=ours, kornia=kornias, torchvision_pil=torchvisions, torchvision_v2=torchvisions_v2, lightly=lightlys)
 
+def memory(name, size, bs):
+    "Megabytes that both views of a batch take"
+    bs,size = int(bs),int(size)
+    cases[name](photographs(2, size), size)()  # what the libraries allocate once
+    return peak(cases[name](photographs(bs, size), size))
+
 def main(sizes, bs, n, turn):
     torch.empty(31*2**18)  # as after a first training step: glibc then keeps what was freed (how much, this is what tells it) and does not ask for it again each time
     for size in sizes:
@@ -69,14 +75,16 @@ def main(sizes, bs, n, turn):
         x = photographs(bs, size)
         t = in_turns({k:f(x, size) for k,f in cases.items()}, n, least=turn)
         receipt('views', 0, size=size, bs=bs, rounds=n, turn=turn, ms={k:spread(v) for k,v in t.items()}, images_per_second={k:round(bs*1e3/spread(v)['median']) for k,v in t.items()},
-                times_faster_than={k:ratio(v, t['ours']) for k,v in t.items() if k!='ours'})
+                times_faster_than={k:ratio(v, t['ours']) for k,v in t.items() if k!='ours'},
+                mb=peaks(cases, size, bs))
 
 if __name__=='__main__':
+    warnings.filterwarnings('ignore')
+    answer_peak(memory)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--sizes', type=int, nargs='+', default=[32,64,224], help="sides in pixels")
     p.add_argument('--bs', type=int, default=64, help="images")
     p.add_argument('--rounds', type=int, default=9, help="measurements of each")
     p.add_argument('--turn', type=float, default=0.1, help="seconds that each is called again in its turn, at least")
     args = p.parse_args()
-    warnings.filterwarnings('ignore')
     main(args.sizes, args.bs, args.rounds, args.turn)

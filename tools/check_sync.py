@@ -1,4 +1,4 @@
-"""Fail unless the notebooks are clean and the modules and README.md are what they export.
+"""Fail unless the notebooks are clean and the modules and the README files are what they export.
 
 The tools run on a copy of the tree, so nothing of a developer's work is touched."""
 import shutil, subprocess, sys, tempfile
@@ -18,7 +18,7 @@ def files(*args):
 
 def contents(folder):
     "What the tools write: {path: bytes} of notebooks, modules and README"
-    ps = [p for pat in ('nbs/**/*.ipynb', 'ressl_fastai/*.py', 'nbs/llms.txt', 'README.md', 'README_files/*') for p in folder.glob(pat)]
+    ps = [p for pat in ('nbs/**/*.ipynb', 'ressl_fastai/*.py', 'nbs/llms.txt', 'README.md', 'README_files/*', 'benchmarks/README.md', 'benchmarks/README_files/*') for p in folder.glob(pat)]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in ps if '.ipynb_checkpoints' not in p.parts}
 
 
