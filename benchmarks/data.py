@@ -1,5 +1,5 @@
 """One epoch of batches, nothing trained: fastai's pipeline from PNG files and from arrays, `cached_dls` and `tensor_dls`, in turns in one process. One JSON line per size in
-results/data.jsonl. About half a minute.
+results/data.jsonl. About five minutes.
 
     .venv/bin/python benchmarks/data.py
 """

@@ -1,5 +1,5 @@
 """The same encoder, images and batch size through `ressl_learner`, lightly's MoCo recipe and self_supervised's MOCO callback: images per second end to end, a few
-steps of each in turns in one process. One JSON line per size in results/peers.jsonl. About 4 minutes on 2 cores.
+steps of each in turns in one process. One JSON line per size in results/peers.jsonl. About 8 minutes on 2 cores.
 
     .venv/bin/pip install -e '.[bench]' && .venv/bin/python benchmarks/peers.py
 

@@ -1,5 +1,5 @@
 """How a step's time grows with batch size, queue size, number of crops, image size and size of the data set, one thing changed at a time from ResNet-18 at 32 px, stem for
-64 px, batch 64, queue 1024. Small networks on purpose: what is not network shows. One JSON line per series in results/scaling.jsonl. About 3 minutes on 2 cores.
+64 px, batch 64, queue 1024. Small networks on purpose: what is not network shows. One JSON line per series in results/scaling.jsonl. About 4 minutes on 2 cores.
 
     .venv/bin/python benchmarks/scaling.py
 """

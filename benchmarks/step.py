@@ -1,8 +1,8 @@
 """One training step of `ressl_learner`, end to end, against the floor: the student's forward and backward, a plain optimizer step and the teacher's forward on
 ready tensors of the same type and layout. A few steps of each in turns, in one process per configuration; one JSON line each in results/step.jsonl.
 
-    .venv/bin/python benchmarks/step.py                        # the two that have bars: 32 px with a 3x3 stem, 64 px; about 3 minutes on 2 cores
-    .venv/bin/python benchmarks/step.py resnet50 mobilenet vit  # others, each about a minute
+    .venv/bin/python benchmarks/step.py                        # the two that have bars: 32 px with a 3x3 stem, 64 px; about 7 minutes on 2 cores
+    .venv/bin/python benchmarks/step.py resnet50 mobilenet vit  # others, 10 minutes
 
 `parts` is where a step's time goes, from torch.profiler in steps of their own: data is the look-up, other is fastai's and our callbacks, recorder and loop, as seen by the
 profiler, which slows it. `overhead_ms` is the same without the profiler: steps in which every other part does nothing.

@@ -1,5 +1,5 @@
 """A weak and a strong view of 64 uint8 photographs, normalised, ready for the network: ours against kornia, torchvision on PIL images, torchvision's v2 on
-tensors and lightly, in turns in one process. One JSON line per size in results/views.jsonl. About a minute.
+tensors and lightly, in turns in one process. One JSON line per size in results/views.jsonl. Two and a half minutes.
 
     .venv/bin/pip install -e '.[bench]' && .venv/bin/python benchmarks/views.py
 

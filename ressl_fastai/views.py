@@ -76,7 +76,7 @@ def resize_taps(
     weights = (1 - (pixels-centre).abs()/reach).clamp(min=0) * (pixels==inside)
     return inside.int(),weights/weights.sum(2, keepdim=True)
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _all_taps(n, size):
     "Of all intervals from the first pixel on that `n` pixels can hold; then the same backwards"
     length = torch.arange(n+1.).clamp(min=1).repeat(2)
@@ -84,7 +84,7 @@ def _all_taps(n, size):
 
 def _look_up(start, length, flipped, n, size):
     "`resize_taps` of whole numbers"
-    if n>512: return resize_taps(start, length, size, flipped)  # a large table, and little to gain
+    if n>256: return resize_taps(start, length, size, flipped)  # a large table, and little to gain
     (pixels,weights),i = _all_taps(n, size),length+flipped*(n+1)
     return pixels.index_select(0, i).add_(start[:,None,None]),weights.index_select(0, i)
 
