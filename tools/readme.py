@@ -47,6 +47,7 @@ def render(root):
     "{path relative to `root`: bytes} of the READMEs and their pictures"
     top,pictures = markdown(root, 'nbs/index.ipynb', '', shown)
     latest,plots = markdown(root, 'nbs/explanations/how_fast.ipynb', 'benchmarks', results)
+    latest = re.sub(r'^## .*\n+(?=## |\Z)', '', latest, flags=re.M)  # sections without results
     note = '<!-- made from nbs/{} by tools/readme.py: edit the notebook -->\n\n'
     mark = note.format('explanations/how_fast.ipynb')
     by_hand = (Path(root)/'benchmarks'/'README.md').read_text().split(mark)[0].rstrip()+'\n\n'
