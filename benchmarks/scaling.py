@@ -43,7 +43,8 @@ def main(names, n):
         for v in series[name]:
             learn = make(**{**base, name:v})
             s = steps(learn, n)
-            rows.append({name:v, 'ms':round(1e3*statistics.median(s), 2), 'spread':spread(s), 'images_per_second':round(learn.dls.train.bs/statistics.median(s), 1), 'parts':parts(learn, 3), 'mb':peaks([str(v)], name)[str(v)]})
+            rows.append({name:v, 'ms':round(1e3*statistics.median(s), 2), 'spread':spread(s), 'images_per_second':round(learn.dls.train.bs/statistics.median(s), 1),
+                         'parts':parts(learn, 3), 'mb':peaks([str(v)], name)[str(v)]})
         receipt('scaling', 0, series=name, base=base, rows=rows)
 
 if __name__=='__main__':

@@ -154,7 +154,8 @@ def run(name, precision, rounds):
     bs = learn.dls.train.bs
     receipt('step', 0, config=name, precision=precision, layout='channels_last' if learn.precision.channels_last else 'contiguous', bs=bs, size=config['size'],
             images_per_second=round(bs/statistics.median(ours), 1), floor_images_per_second=round(bs/statistics.median(bare), 1), times_the_floor=ratio(ours, bare),
-            rounds=[round(a/b, 3) for a,b in zip(ours, bare)], ms=dict(ours=spread(ours), floor=spread(bare)), mb=peaks(('ours','floor'), name, precision), parts=parts(learn, config['steps']), overhead_ms=(ms := overhead(name, precision, **config)),
+            rounds=[round(a/b, 3) for a,b in zip(ours, bare)], ms=dict(ours=spread(ours), floor=spread(bare)),
+            mb=peaks(('ours','floor'), name, precision), parts=parts(learn, config['steps']), overhead_ms=(ms := overhead(name, precision, **config)),
             overhead_share=round(ms/1e3/statistics.median(ours), 4), read_back=syncs(learn))
     gc.collect()
 

@@ -114,6 +114,19 @@ def test_d27_frequencies_and_independence():
     defaults = strong_tfms(4, **whole, blur_sigma=(0.5,2.))
     assert not faults(draws(defaults), **p) and not faults(draws(weak_tfms(4, **whole)), flip=0.5, jitter=0., gray=0., blur=0.)
 
+def test_box_flip_blur_and_sigma_are_drawn_apart():
+    "No pair is related. Controls: one number for two of them"
+    def related(boxes, flipped, sigma):
+        on = sigma>0
+        pairs = [(flipped, on), (flipped[on], sigma[on])] + [(a[m], b[m]) for a in boxes.T for b,m in ((flipped, slice(None)), (on, slice(None)), (sigma, on))]
+        return [i for i,(a,b) in enumerate(pairs) if spearmanr(a, b).pvalue<p_false]
+    boxes,flipped,sigma = strong_tfms(32)._draw(20000, 32, 32)
+    assert not related(boxes, flipped, sigma)
+    on = sigma>0
+    assert related(boxes, sigma.where(on, torch.rand(20000)*1.9+0.1)<1.05, sigma)==[1]        # flip and sigma
+    assert related(boxes, flipped, sigma*(flipped | (torch.rand(20000)<0.8)))==[0]            # flip and blur
+    assert related(boxes, boxes[:,2]<boxes[:,2].median(), sigma)                              # height and flip
+
 @pytest.mark.parametrize('nm', ['crop','flip','jitter','gray','blur'])
 def test_d27_copies_of_an_image_get_different_views(nm):
     "32 copies: as many views as the operation has outcomes (two crops agree with probability 1e-3); torchvision's transforms, on a batch tensor, give one"
