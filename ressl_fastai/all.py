@@ -14,6 +14,7 @@ from ressl_fastai.label_efficiency import *
 from ressl_fastai.learner import *
 from ressl_fastai.losses import *
 from ressl_fastai.models import *
+from ressl_fastai.optimizer import *
 from ressl_fastai.precision import *
 from ressl_fastai.recipes import *
 from ressl_fastai.report import *

@@ -29,7 +29,6 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
-from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, get_model, get_random_states, set_random_states
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fastai.vision.learner import TimmBody, add_head, default_split, model_meta
@@ -48,6 +47,7 @@ from .evaluate import KNNAccuracy
 from .images import naming_bad_file
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
+from .optimizer import FusedAdam
 from .precision import DevicePrecision, choose_precision
 from .views import clean_dl
 
@@ -225,7 +225,7 @@ def ressl_learner(
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
-    opt_func=Adam, # Optimizer function
+    opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
     precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto', bfloat16 where it pays; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
