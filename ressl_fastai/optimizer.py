@@ -65,5 +65,6 @@ class FusedAdam(Optimizer):
             if o is None: s[k] = torch.zeros_like(p)
             elif o.stride()!=p.stride() or o.device!=p.device: s[k] = torch.empty_like(p).copy_(o)
         step = s.get('step', 0)
-        if not torch.is_tensor(step) or step.device!=p.device: s['step'] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
+        if not torch.is_tensor(step): s['step'] = torch.full((), float(step), device=p.device)
+        elif step.device!=p.device: s['step'] = step.to(p.device)
         return s
