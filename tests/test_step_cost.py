@@ -6,6 +6,8 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.vision.data import ImageDataLoaders
+from PIL import Image
 from torch import nn
 from torch.profiler import profile
 
@@ -123,6 +125,19 @@ def test_on_a_device_a_step_waits_for_nothing_and_three_small_copies_go_there(ba
 def test_on_a_device_larger_images_are_sent_with_each_batch():
     for to,waits,mixed,_ in on_device(kept=False):
         assert waits==mixed==[] and len(to)==4 and all(later for *_,later in to) and ((32,3,12,12), torch.uint8, True) in to
+
+def test_on_a_device_batches_of_files_are_sent_without_waiting(tmp_path, monkeypatch):
+    for i in range(128): Image.fromarray(x[i]).save(tmp_path/f'{i}.png')
+    def steps():
+        with replaced() as device:
+            dls = ImageDataLoaders.from_path_func(tmp_path, sorted(tmp_path.glob('*.png')), lambda f: int(f.stem)%2, valid_pct=0, bs=16, num_workers=0, device=torch.device('meta'))
+            learn,steps = ressl_learner(dls, net(), n_hidden=16, dim=8, queue_size=64, metrics=[], guard=False),Steps(device)
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=steps)
+            assert len(steps.seen)==6 and dls.train.device.type=='meta'
+        return steps.seen
+    for to,waits,mixed,_ in steps(): assert waits==mixed==[] and len(to)==4 and all(later for *_,later in to)  # images, targets, two views
+    monkeypatch.setattr('ressl_fastai.callback._send_without_waiting', lambda dl: None)
+    assert all(sum(not later for *_,later in to)==2 for to,*_ in steps())  # control
 
 @pytest.mark.parametrize('src,size', [(12,12), (12,8), (12,(8,10))])
 def test_on_a_device_views_of_any_size_wait_for_nothing(src, size, monkeypatch):
