@@ -20,6 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.data.transforms import Normalize
+from fastai.torch_basics import Pipeline, Transform
 from fastai.torch_core import TensorImage, get_model, num_distrib, to_device
 from fastcore.basics import first, listify, store_attr
 from torch import Tensor
@@ -81,6 +82,19 @@ class InfoNCEWarmup:
 # %% ../nbs/05_callback.ipynb #ed53d2a7
 def _value(o, progress): return o(progress) if callable(o) else o
 
+class _Send(Transform):
+    "A batch in pinned memory on its way to a GPU"
+    order = -1000
+    def __init__(self, device): self.device = device
+    def encodes(self, x:Tensor): return x.to(self.device, non_blocking=True)
+
+def _send_without_waiting(dl):
+    "Changes `dl`, which would wait, at each batch, until the GPU has nothing more to do"
+    if dl.device is None or not hasattr(dl.after_batch, 'fs'): return
+    dl.pin_memory = dl.fake_l.pin_memory = True
+    dl.after_batch = Pipeline([_Send(dl.device), *dl.after_batch.fs])
+    dl._device = None  # not by its setter, which would move the transforms
+
 class _OnItsWay:
     "A number that a GPU sends to the CPU when it has it; who asks waits for that alone, not for what the GPU was given to do since"
     def __init__(self, x):
@@ -138,6 +152,7 @@ class ReSSL(Callback):
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
             # a last batch of one image has no variance for batch norm
             self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last or dl.n%dl.bs==1)
+            if self._on_gpu(self.net.queue.feats) and num_distrib()<2 and getattr(dl, 'images', None) is None: _send_without_waiting(self.train_dl)
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()

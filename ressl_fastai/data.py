@@ -35,7 +35,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .views import clean_dl, send
+from .views import _send, clean_dl
 
 # %% ../nbs/10_data.ipynb #a0d10002
 def _items(dataset): return getattr(dataset, 'items', None)
@@ -74,7 +74,7 @@ class TensorDL(TfmdDL):
         kept = self.images.device
         device = kept if kept.type!='cpu' else self.device or kept
         if device.type=='cpu' or get_worker_info() is not None: return self.images[rows],*targets
-        there,*targets = send([rows, *targets], device)
+        there,*targets = _send([rows, *targets], device)
         return self.images[there] if kept.type!='cpu' else _fetch(self.images, rows, device),*targets
 
     def __repr__(self):
