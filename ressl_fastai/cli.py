@@ -12,7 +12,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 __all__ = ['defaults', 'digits_defaults', 'find_data', 'find_images', 'folder_dls', 'new_folder', 'Interrupted', 'ressl_pretrain']
 
 # %% ../nbs/12_cli.ipynb #17a0ea39
-import json, math, shlex, shutil, sys, traceback, warnings
+import json, re, shlex, shutil, sys, traceback, warnings
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -145,6 +145,7 @@ def _is_at(folder, config):
         if not kept.is_dir(): continue
         try: lock = hold(kept)
         except ValueError: return True
+        except OSError: continue  # no lock to be had: `new_folder` sees to the folder
         if lock: lock.close()
     return False
 
@@ -170,7 +171,7 @@ defaults = dict(arch='resnet18', size=64, epochs=100, bs=64, lr=1e-3, min_scale=
                 student_temp=0.1, teacher_temp=0.04, stem='auto')
 digits_defaults = {**defaults, 'arch':'small_resnet', 'size':16, 'epochs':15, 'bs':32, 'lr':2e-3, 'min_scale':0.7, 'flip_p':0., 'teacher_momentum':0.97}
 
-_limits = dict(size=(1,8192), epochs=(1,10**6), bs=(2,10**6), lr=(0,None), min_scale=(0,1), queue_size=(1,None), student_temp=(1e-3,1e3), teacher_temp=(1e-3,1e3),
+_limits = dict(size=(1,8192), epochs=(1,10**6), bs=(2,10**6), lr=(0,100), min_scale=(0,1), queue_size=(1,None), student_temp=(1e-3,1e3), teacher_temp=(1e-3,1e3),
                predictor_layers=(0,16), infonce_epochs=(0,10**6), valid_pct=(0,1), num_workers=(0,128), seed=(0,2**32-1), seeds=(1,1000), steps=(1,10**6), k=(1,None))
 _above = 'size','epochs','bs','lr','min_scale','queue_size','student_temp','teacher_temp','valid_pct','seeds','steps','k'
 
@@ -194,7 +195,7 @@ def _what_is_kept(folder):
 
 def _sentence(command, e):
     "What to say of an error; one that nobody has thought of comes with the place in the code"
-    text = ' '.join(str(e).split())
+    text = re.sub('^Exception occured in .* when calling event [^:]*: ', '', ' '.join(str(e).split()))  # fastai's words before ours
     if len(text)>800: text = f'{text[:400]} ... {text[-400:]}'
     if isinstance(e, URLError): return f'{command}: a download failed ({e.reason}): try it where there is a network, or without --pretrained'
     if isinstance(e, (ValueError,OSError,ImportError)) and text: return f'{command}: {text}'
