@@ -74,7 +74,7 @@ def _parameters(
     o # Any object with attributes
 ) -> dict: # Attributes by name
     "What `o` was made with and what it learnt in `setups`, without what it sets while it works"
-    given,at_work = inspect.signature(type(o).__init__).parameters,assigned_later(type(o))
+    given,at_work = {k for c in type(o).__mro__ for k in inspect.signature(c.__init__).parameters},assigned_later(type(o))
     return {k:v for k,v in vars(o).items() if k in given or not (k.startswith('__') or k in at_work or k in ('_name','input_types'))}
 
 # %% ../nbs/03c_fingerprint.ipynb #3c000009
