@@ -29,7 +29,7 @@ def write_digits(path, n=80):
         Image.fromarray((digits.images[i]*15).astype(np.uint8)).save(f)
     return path
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def images(tmp_path_factory):
     torch.set_num_threads(1)
     return write_digits(tmp_path_factory.mktemp('images'))
@@ -149,12 +149,20 @@ def values():
                 function=lambda x, y=3: [o+1 for o in x], partial=partial(sorted, key=len), bound='ab'.join, object=Inner(), tensor=torch.arange(3.), half=torch.ones(2, dtype=torch.bfloat16),
                 mode=Mode.A, cls=Inner, method=parent_label, tfm=Crop(3), crop=RandomResizedCrop(8), image=PILImage.create(np.zeros((3,3,3), np.uint8)), opener=PILImage.create)
 
-def test_digests_are_the_same_in_every_process():
-    code = 'import sys; sys.path.insert(0, sys.argv[1]); from test_resume import *; print({k:digest(v) for k,v in values().items()})'
-    res = [subprocess.run([sys.executable, '-c', code, Path(__file__).parent], capture_output=True, text=True, env={**os.environ, 'PYTHONHASHSEED':str(i), 'PYTHONWARNINGS':'ignore'}) for i in (1,)]
+def test_in_a_notebook_the_same_line_goes_on_and_digests_are_the_same(tmp_path, monkeypatch):
+    "In a kernel with bars of its own, and another hash seed"
+    import nbformat
+    from nbclient import NotebookClient
+    for k,v in dict(PYTHONHASHSEED='1', PYTHONWARNINGS='ignore').items(): monkeypatch.setenv(k, v)
+    cells = [f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_resume import *\nwhole = make()\nwhole.fit_one_cycle(3, 1e-2)\nwhole = everything(whole)",
+             f"try: make().fit_one_cycle(3, 1e-2, cbs=[Checkpoint({str(tmp_path/'run')!r}, 1), Crash(6)])\nexcept KeyboardInterrupt: print('crashed')",
+             f"learn = make(1)\nlearn.fit_one_cycle(3, 1e-2, cbs=Checkpoint({str(tmp_path/'run')!r}, 1))", "print(differences(whole, everything(learn)))", "print({k:digest(v) for k,v in values().items()})"]
+    nb = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    NotebookClient(nb, timeout=300, kernel_name='python3').execute()
+    def shown(i, kind): return ''.join(o.get('text') or o.data.get('text/html', '') for o in nb.cells[i].outputs if o.output_type==kind)
+    assert 'crashed' in shown(1, 'stream') and 'continuing from' in shown(2, 'stream') and 'valid_loss' in shown(2, 'display_data') and shown(3, 'stream')=='[]\n'
     want = {k:digest(v) for k,v in values().items()}
-    assert [eval(o.stdout) for o in res]==[want], res[0].stderr
-    assert len(set(want.values()))==len(want)
+    assert eval(shown(4, 'stream'))==want and len(set(want.values()))==len(want)
 
 def test_digests_see_small_differences():
     step = 2
@@ -182,36 +190,35 @@ def test_the_fingerprint_opens_few_files_and_leaves_random_states_alone(tmp_path
 
 # callbacks
 
-def everything_and(learn, *cbs):
-    return {**everything(learn), 'history':[[list(map(float, o.values())) for o in cb.history] for cb in cbs if isinstance(cb, HealthMonitor)]}
+def everything_and(learn, cbs, path):
+    "And what callbacks leave behind; NaN, where nothing was measured, as -1"
+    def numbers(rows): return torch.tensor([list(map(float, o)) for o in rows], dtype=torch.float64).nan_to_num(-1.)
+    history = [numbers(o.values() for o in cb.history) for cb in cbs if isinstance(cb, HealthMonitor)]
+    rows = [l.rsplit(',', 1)[0] for l in (path/'history.csv').read_text().splitlines()]  # without the time
+    return {**everything(learn), 'values':numbers(learn.recorder.values), 'history':history, 'csv':rows, 'best':torch.load(path/'best.pth')}
 
-def views(seed=7): return strong_tfms(8, generator=torch.Generator().manual_seed(seed))
-
-def full_learner(seed=0):
-    "Whatever counts: labels, kNN every second epoch, multi-crop with a generator of its own, warm-up and schedules, processes that load"
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
-    return make(seed, small_dls(num_workers=1), metrics=KNNAccuracy(every=2), warmup=InfoNCEWarmup(1, ramp=2), teacher_momentum=SchedCos(0.9, 1.), weak_tfms=weak_tfms(8),
-                        strong_tfms=multi_crop_tfms(8, (1,0.7), (0.2,0.1), (1.,0.5), generator=torch.Generator().manual_seed(7)))
+def full_learner(seed, dls):
+    "Labels, kNN every second epoch, multi-crop with a generator of its own, warm-up and schedules"
+    return make(seed, dls, metrics=KNNAccuracy(every=2), warmup=InfoNCEWarmup(1, ramp=2), teacher_momentum=SchedCos(0.9, 1.), weak_tfms=weak_tfms(8),
+                strong_tfms=multi_crop_tfms(8, (1,0.7), (0.2,0.1), (1.,0.5), generator=torch.Generator().manual_seed(7)))
 
 def full_callbacks(path):
-    return [HealthMonitor(), GradientAccumulation(80), CSVLogger(path/'history.csv', append=True), SaveModelCallback('valid_loss', fname=path/'best'), EarlyStoppingCallback('valid_loss', patience=9)]
+    return [HealthMonitor(), GradientAccumulation(40), CSVLogger(path/'history.csv', append=True), SaveModelCallback('valid_loss', fname=path/'best'), EarlyStoppingCallback('valid_loss', patience=9)]
+
+def train(path, seed, dls, *more):
+    "Everything that the fit leaves behind; the bar is on"
+    path.mkdir(exist_ok=True)
+    learn,cbs = full_learner(seed, dls),full_callbacks(path)
+    learn.fit_one_cycle(4, 1e-2, cbs=[*cbs,*more])
+    return everything_and(learn, cbs, path)
 
 @pytest.mark.parametrize('every,n_crash', [(1,10), (None,14)])
-def test_common_callbacks_with_the_bar_on_go_on_as_if_nothing_had_been(tmp_path, every, n_crash, capsys):
-    def go(folder, seed, *more):
-        (tmp_path/folder).mkdir(exist_ok=True)
-        learn,cbs = full_learner(seed),full_callbacks(tmp_path/folder)
-        try: learn.fit_one_cycle(4, 1e-2, cbs=[*cbs,*more])
-        except KeyboardInterrupt: return
-        return {**everything_and(learn, *cbs), 'csv':[l.rsplit(',', 1)[0] for l in (tmp_path/folder/'history.csv').read_text().splitlines()], 'best':torch.load(tmp_path/folder/'best.pth')}
-    whole = go('whole', 0)
-    assert len(whole['csv'])==5 and whole['history'][0] and all(torch.isfinite(torch.tensor(o)).any() for o in whole['history'][0])
-    go('run', 0, Checkpoint(tmp_path/'run'/'state', every), Crash(n_crash))
-    got = go('run', 1, Checkpoint(tmp_path/'run'/'state', every))
-    assert 'continuing from' in capsys.readouterr().out
-    whole['history'],got['history'] = np.array(whole['history']).tobytes(),np.array(got['history']).tobytes()  # NaN where nothing was measured
-    whole['values'],got['values'] = np.array(whole['values']).tobytes(),np.array(got['values']).tobytes()
-    assert differences(whole, got)==[]
+def test_common_callbacks_with_the_bar_on_go_on_as_if_nothing_had_been(images, tmp_path, every, n_crash, capsys):
+    whole = train(tmp_path/'whole', 0, from_folder(images, 1, num_workers=1))
+    assert len(whole['csv'])==5 and whole['history'][0].shape==(4,8) and len(whole['lrs'])==16
+    with pytest.raises(KeyboardInterrupt): train(tmp_path/'run', 0, from_folder(images, 1, num_workers=1), Checkpoint(tmp_path/'run'/'state', every), Crash(n_crash))
+    got = train(tmp_path/'run', 1, from_folder(images, 2), Checkpoint(tmp_path/'run'/'state', every))
+    assert 'continuing from' in capsys.readouterr().out and differences(whole, got)==[]
 
 def test_a_csv_is_appended_to_once_and_left_alone_by_a_fit_that_is_refused(tmp_path):
     (tmp_path/'h.csv').write_text('an earlier run\n')
