@@ -58,13 +58,14 @@ def _by_name(module, name):
     return o
 
 def _name_of(cls):
-    if _by_name(cls.__module__, cls.__qualname__) is not cls: raise TypeError(f"a checkpoint cannot hold the class {cls.__qualname__}, which has no name of its own")
+    if _by_name(cls.__module__, cls.__qualname__) is not cls:
+        raise TypeError(f"a checkpoint cannot hold the class {cls.__qualname__}, which has no name of its own")
     return cls.__module__,cls.__qualname__
 
 def _class_of(name, kind):
     cls = _by_name(*name)
-    if not (isinstance(cls, type) and issubclass(cls, kind)): raise ValueError(f"there is no {kind.__name__} {name[1]} in {name[0]} any more")
-    return cls
+    if isinstance(cls, type) and issubclass(cls, kind): return cls
+    raise ValueError(f"there is no {kind.__name__} {name[1]} in {name[0]} any more")
 
 def _npy(a):
     "An array as the bytes of an .npy file"
@@ -76,23 +77,33 @@ def _from_npy(t): return np.load(io.BytesIO(t.numpy().tobytes()), allow_pickle=F
 _kinds = {  # name: (its types, to plain values, back)
     'bytes':(bytes, lambda o: o.decode('latin1'), lambda v: v.encode('latin1')),
     'complex':(complex, lambda o: (o.real,o.imag), lambda v: complex(*v)),
-    'set':(set, list, set), 'frozenset':(frozenset, list, frozenset), 'counter':(Counter, lambda o: list(o.items()), lambda v: Counter(dict(v))),
-    'deque':(deque, lambda o: (list(o),o.maxlen), lambda v: deque(*v)), 'ordered':(OrderedDict, lambda o: list(o.items()), OrderedDict),
-    'default':(defaultdict, lambda o: (o.default_factory,list(o.items())), lambda v: defaultdict(v[0], v[1])),
-    'range':(range, lambda o: (o.start,o.stop,o.step), lambda v: range(*v)), 'slice':(slice, lambda o: (o.start,o.stop,o.step), lambda v: slice(*v)),
-    'datetime':(datetime, datetime.isoformat, datetime.fromisoformat), 'date':(date, date.isoformat, date.fromisoformat),
-    'timedelta':(timedelta, lambda o: (o.days,o.seconds,o.microseconds), lambda v: timedelta(*v)), 'path':(type(Path()), str, Path),
-    'dtype':(torch.dtype, str, lambda v: getattr(torch, v.split('.')[-1])), 'device':(torch.device, str, torch.device),
-    'L':(L, list, L), 'pairs':((), None, dict)}
+    'set':(set, list, set),
+    'frozenset':(frozenset, list, frozenset),
+    'counter':(Counter, lambda o: list(o.items()), lambda v: Counter(dict(v))),
+    'deque':(deque, lambda o: (list(o),o.maxlen), lambda v: deque(*v)),
+    'ordered':(OrderedDict, lambda o: list(o.items()), OrderedDict),
+    'default':(defaultdict, lambda o: (o.default_factory,list(o.items())), lambda v: defaultdict(*v)),
+    'range':(range, lambda o: (o.start,o.stop,o.step), lambda v: range(*v)),
+    'slice':(slice, lambda o: (o.start,o.stop,o.step), lambda v: slice(*v)),
+    'datetime':(datetime, datetime.isoformat, datetime.fromisoformat),
+    'date':(date, date.isoformat, date.fromisoformat),
+    'timedelta':(timedelta, lambda o: (o.days,o.seconds,o.microseconds), lambda v: timedelta(*v)),
+    'path':(type(Path()), str, Path),
+    'dtype':(torch.dtype, str, lambda v: getattr(torch, v.split('.')[-1])),
+    'device':(torch.device, str, torch.device),
+    'L':(L, list, L),
+    'pairs':((), None, dict)}
 _names = {t:nm for nm,(t,*_) in _kinds.items() if t}
 
 def _special(o):
     "Name and plain values of what is not plain itself"
     if isinstance(o, enum.Enum): return 'enum',(*_name_of(type(o)),o.name)
     if isinstance(o, np.generic): return 'number',_npy(np.asarray(o))
-    if type(o) is np.ndarray: return ('objects',(o.shape,o.ravel().tolist())) if o.dtype.hasobject else ('array',_npy(o))
-    if isinstance(o, list) and len(o) and all(map(_is_scalar, o)) and len({(x.dtype,x.device) for x in o})==1: return 'scalars',torch.stack(list(o))
-    if type(o) is list and len(o) and isinstance(o[0], np.number) and len(set(map(type, o)))==1: return 'numbers',_npy(np.array(o))
+    if type(o) is np.ndarray and o.dtype.hasobject: return 'objects',(o.shape,o.ravel().tolist())
+    if type(o) is np.ndarray: return 'array',_npy(o)
+    if type(o) is list and len(o):
+        if all(map(_is_scalar, o)) and len({(x.dtype,x.device) for x in o})==1: return 'scalars',torch.stack(o)
+        if isinstance(o[0], np.number) and len(set(map(type, o)))==1: return 'numbers',_npy(np.array(o))
     if isinstance(o, type): return 'class',_name_of(o)
     if isinstance(o, tuple) and hasattr(o, '_fields'): return 'fields',(*_name_of(type(o)),tuple(o))
     if type(o) is dict and ('_kind' in o or not all(type(k) in (str,int) for k in o)): return 'pairs',list(o.items())
@@ -200,7 +211,8 @@ def _show(o):
     if isinstance(o, (np.generic,np.ndarray)): return _show(o.tolist())
     if isinstance(o, float): return f'{o:.6g}'
     f = o.func if isinstance(o, partial) else o
-    if isinstance(f, (FunctionType,MethodType)) and not is_library(f.__module__): return f"{getattr(f, '__qualname__', f)} {digest(o, 3)}"
+    mine = isinstance(f, (FunctionType,MethodType)) and not is_library(f.__module__)
+    if mine: return f'{f.__qualname__} {digest(o, 3)}'
     text = re.sub(' at 0x[0-9a-fA-F]+', '', repr(o))
     if ' object' not in text: return text
     return f"{type(o).__name__}({', '.join(f'{k}={_show(v)}' for k,v in vars(o).items() if _small(v))})"
@@ -208,18 +220,21 @@ def _show(o):
 def _curve(f): return [f(i/4) for i in range(5)] if callable(f) else f
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00016
-def _layers(mlp): return ' '.join(f'{type(m).__name__}({m.out_features})' if hasattr(m, 'out_features') else type(m).__name__ for m in mlp)
+def _layers(mlp):
+    def one(m): return type(m).__name__+(f'({m.out_features})' if hasattr(m, 'out_features') else '')
+    return ' '.join(map(one, mlp))
 
 def _model_settings(net):
     res = dict(model=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()))
     if not isinstance(net, ReSSLModel): return res
     enc,queue = net.encoder,net.queue
     n_splits = {m.n_splits for m in net.modules() if hasattr(m, 'n_splits')}
-    return {**res, **{k:getattr(enc, k) for k in ('arch','stem','n_in') if hasattr(enc, k)}, 'queue_size':queue.size, 'dim':queue.feats.shape[1],
-            'queue_dtype':queue.feats.dtype, 'projector':_layers(net.projector), 'predictor':_layers(net.predictor), 'n_splits':sorted(n_splits)}
+    res |= {k:getattr(enc, k) for k in ('arch','stem','n_in') if hasattr(enc, k)}
+    return res | dict(queue_size=queue.size, dim=queue.feats.shape[1], queue_dtype=queue.feats.dtype,
+                      projector=_layers(net.projector), predictor=_layers(net.predictor), n_splits=sorted(n_splits))
 
 def _measured(norm):
-    "Whether mean and standard deviation were computed from images: by `ressl_learner`, or by fastai from a first batch, as a `TensorImage`"
+    "Whether its numbers come from images: from `ressl_learner`, or from fastai and a first batch, as a `TensorImage`"
     return getattr(norm, 'measured', False) or isinstance(norm.mean, TensorImage)
 
 def _data_settings(dls):
@@ -232,23 +247,28 @@ def _settings(learn):
     "What the course of a fit depends on, by name, as text"
     scheds = {k:f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
     hypers = {k:[h[k] for h in learn.opt.hypers] for k in learn.opt.hypers[0] if k not in scheds}
-    res = dict(n_epoch=learn.n_epoch, **_model_settings(get_model(learn.model)), **_data_settings(learn.dls), opt_func=learn.opt_func,
-               loss_func=learn.loss_func, frozen=getattr(learn.opt, 'frozen_idx', 0), **hypers)
+    res = dict(n_epoch=learn.n_epoch, **_model_settings(get_model(learn.model)), **_data_settings(learn.dls),
+               opt_func=learn.opt_func, loss_func=learn.loss_func, frozen=getattr(learn.opt, 'frozen_idx', 0), **hypers)
     res |= {f'schedule of {k}':_curve(f) for k,f in scheds.items()}
     for cb in learn.cbs:
-        if isinstance(cb, ReSSL): res |= {k:_curve(v) if k.startswith('teacher') else v for k,v in _arguments(cb).items()}
-        elif isinstance(cb, (DevicePrecision,MixedPrecision,GradientAccumulation,GradientClip)): res |= {f'{cb.name}.{k}':v for k,v in _arguments(cb).items()}
+        given = _arguments(cb)
+        if isinstance(cb, ReSSL): res |= {k:_curve(v) if k.startswith('teacher') else v for k,v in given.items()}
+        elif isinstance(cb, (DevicePrecision,MixedPrecision,GradientAccumulation,GradientClip)):
+            res |= {f'{cb.name}.{k}':v for k,v in given.items()}
     return {k:_show(v) for k,v in res.items()}
 
 def _differences(old, new):
-    return [f"{k}: in the checkpoint {old.get(k, 'nothing')}, now {new.get(k, 'nothing')}" for k in {**old, **new} if old.get(k)!=new.get(k)]
+    def said(k): return f"{k}: in the checkpoint {old.get(k, 'nothing')}, now {new.get(k, 'nothing')}"
+    return [said(k) for k in {**old, **new} if old.get(k)!=new.get(k)]
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00051
 def _data(learn):
     "Who is in which set, what the files and labels are, by which transforms, in a form that can be kept"
     items,norm = item_fingerprints(learn.dls),get_normalize(learn.dls)
-    parts = {k:v for k,v in data_fingerprint(learn.dls, items).items() if k in ('kind','classes') or k.endswith('transforms')}
-    return dict(parts=parts, items=[{k:torch.from_numpy(df[k].to_numpy(copy=True)) for k in ('item','size','bytes','label')} for df in items],
+    parts = data_fingerprint(learn.dls, items)
+    parts = {k:v for k,v in parts.items() if k in ('kind','classes') or k.endswith('transforms')}
+    def tensors(df): return {k:torch.from_numpy(df[k].to_numpy(copy=True)) for k in ('item','size','bytes','label')}
+    return dict(parts=parts, items=list(map(tensors, items)),
                 normalize=[o.cpu() for o in (norm.mean,norm.std)] if norm and _measured(norm) else None)
 
 def _together(data): return {k:torch.cat([o[k] for o in data['items']]) for k in data['items'][0]}
@@ -257,7 +277,7 @@ def _name(dls, i):
     "What the `i`th item of all sets is called"
     for dl in dls.loaders:
         items = getattr(dl.dataset, 'items', range(dl.n or 0))
-        if i<len(items): return f"row {items.index[i]}" if isinstance(items, pd.DataFrame) else str(items[i])
+        if i<len(items): return f'row {items.index[i]}' if isinstance(items, pd.DataFrame) else str(items[i])
         i -= len(items)
 
 def _matched(old, new):
@@ -268,46 +288,53 @@ def _matched(old, new):
 
 def _other_data(dls, old, new):
     "In words: what is other data than that of the checkpoint; who is in which set does not count"
-    res = [f"{k}: in the checkpoint {old['parts'].get(k)}, now {v}" for k,v in new['parts'].items() if old['parts'].get(k)!=v]
-    a,b = _together(old),_together(new)
+    res,a,b = _differences(old['parts'], new['parts']),_together(old),_together(new)
     def named(idxs): return ', '.join(_name(dls, int(i)) for i in idxs[:3])+(' ...' if len(idxs)>3 else '')
     if not torch.equal(a['item'].sort()[0], b['item'].sort()[0]):
-        more,gone = (~torch.isin(b['item'], a['item'])).nonzero()[:,0],int((~torch.isin(a['item'], b['item'])).sum())
-        return [f"images: {len(a['item'])} in the checkpoint, now {len(b['item'])}"+f" ({len(more)} are new{': '*bool(len(more))}{named(more)}, {gone} are gone)", *res]
+        more = (~torch.isin(b['item'], a['item'])).nonzero()[:,0]
+        gone = int((~torch.isin(a['item'], b['item'])).sum())
+        how = f"{len(more)} are new{': '*bool(len(more))}{named(more)}, {gone} are gone"
+        return [f"images: {len(a['item'])} in the checkpoint, now {len(b['item'])} ({how})", *res]
     at = _matched(a['item'], b['item'])
     b = {k:v[at] for k,v in b.items()}
     changed = (a['size']!=b['size']) | (a['bytes']!=b['bytes']) & (a['bytes']!=0) & (b['bytes']!=0)
     for what,wrong in (('images',changed), ('labels',a['label']!=b['label'])):
-        if wrong.any(): res.append(f"{what}: {int(wrong.sum())} of {len(wrong)} are not what they were ({named(at[wrong])})")
+        n = int(wrong.sum())
+        if n: res.append(f"{what}: {n} of {len(wrong)} are not what they were ({named(at[wrong])})")
     return res
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00052
 def _divided(dls, parts):
     "Give each loader the items with the numbers in its part, counted over all loaders"
-    if any(type(dl).__name__ not in ('TfmdDL','TensorDL') or dl.n!=len(dl.dataset) for dl in dls.loaders): raise ValueError(
-        "these images are divided otherwise than in the checkpoint, and loaders that weigh or choose items cannot be divided again: use a splitter with a seed, or another folder for another fit")
+    def plain(dl): return type(dl).__name__ in ('TfmdDL','TensorDL') and dl.n==len(dl.dataset)
+    if not all(map(plain, dls.loaders)): raise ValueError(
+        "the images are divided otherwise than in the checkpoint, and loaders that weigh or choose items cannot be divided "
+        "again: use a splitter with a seed, or another folder for another fit")
     def pooled(lists): return pd.concat(lists) if isinstance(lists[0], pd.DataFrame) else [o for l in lists for o in l]
-    def taken(all, part): return all.iloc[part.tolist()] if isinstance(all, pd.DataFrame) else [all[i] for i in part.tolist()]
+    def taken(pool, part):
+        part = part.tolist()
+        return pool.iloc[part] if isinstance(pool, pd.DataFrame) else [pool[i] for i in part]
     def tls(dl): return dl.dataset.tls if isinstance(dl.dataset, Datasets) else [dl.dataset]
     items = [pooled([o.items for o in same]) for same in zip(*map(tls, dls.loaders))]
-    in_memory = [(dl.rows,dl.targets) if getattr(dl, 'images', None) is not None else None for dl in dls.loaders]
+    in_memory = [(dl.rows,*dl.targets) for dl in dls.loaders if getattr(dl, 'images', None) is not None]
     for dl,part in zip(dls.loaders, parts):
         new = [tl._new(taken(o, part), split_idx=tl.split_idx) for tl,o in zip(tls(dl), items)]
         dl.dataset = Datasets(tls=new, n_inp=dl.dataset.n_inp) if isinstance(dl.dataset, Datasets) else new[0]
         dl.n = len(part)
-        if all(in_memory): dl.rows,dl.targets = torch.cat([o[0] for o in in_memory])[part],tuple(torch.cat(t)[part] for t in zip(*(o[1] for o in in_memory)))
+        if in_memory: dl.rows,*dl.targets = [torch.cat(t)[part] for t in zip(*in_memory)]
 
 def _continue_data(dls, old, new):
     "The split, the order and the measured normalisation of the checkpoint; a word about it, None if all is as it was"
-    if old['normalize'] is not None:
-        for f in {id(f):f for dl in dls.loaders for f in dl.after_batch.fs if isinstance(f, type(get_normalize(dls)))}.values():
+    norm = get_normalize(dls)
+    if norm and old['normalize'] and _measured(norm):
+        for f in (f for dl in dls.loaders for f in dl.after_batch.fs if isinstance(f, type(norm))):
             f.mean,f.std = (s.to(o.device).as_subclass(type(o)) for s,o in zip(old['normalize'], (f.mean,f.std)))
     sets = [(a['item'],b['item']) for a,b in zip(old['items'], new['items'])]
     if len(old['items'])==len(new['items']) and all(torch.equal(a, b) for a,b in sets): return
     at = _matched(_together(old)['item'], _together(new)['item'])
     _divided(dls, at.split([len(o['item']) for o in old['items']]))
-    same = all(torch.equal(a.sort()[0], b.sort()[0]) for a,b in sets)
-    return "the images in the order of the checkpoint" if same else "training and validation images as in the checkpoint, these were divided anew (give the splitter a seed)"
+    if all(torch.equal(a.sort()[0], b.sort()[0]) for a,b in sets): return "the images in the order of the checkpoint"
+    return "training and validation images as in the checkpoint, these were divided anew (give the splitter a seed)"
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00018
 def _others(learn):
@@ -320,14 +347,19 @@ _generators = torch.Generator,np.random.Generator,np.random.RandomState,np.rando
 
 def _memory(o, most=2**24):
     "What `o` keeps, encoded, without what it was made with; and the names of what cannot be kept"
-    given,moment = {'learn','run',*(k for k in _arguments(o) if k not in assigned_later(type(o)))},getattr(o, '_stateattrs', ())
+    given = {'learn','run',*(k for k in _arguments(o) if k not in assigned_later(type(o)))}
+    of_a_batch = [k for k in getattr(o, '_stateattrs', ()) if isinstance(vars(o).get(k), Tensor)]
+    def is_memory(k, v):
+        if k in given or k in of_a_batch or isinstance(v, _generators): return False
+        return isinstance(v, type) or not callable(v)
     res,lost = {},{}
     for k,v in vars(o).items():
-        if k in given or isinstance(v, _generators) or callable(v) and not isinstance(v, type) or k in moment and isinstance(v, Tensor): continue
+        if not is_memory(k, v): continue
         try: kept = _encode(v)
-        except (TypeError,ValueError,RecursionError) as e: lost[k] = f'{type(v).__name__}'; continue
-        if _bytes(kept)>most: lost[k] = 'large'
-        else: res[k] = {'v':kept, 'device':_device(kept)}
+        except (TypeError,ValueError,RecursionError): lost[k] = type(v).__name__
+        else:
+            if _bytes(kept)>most: lost[k] = 'large'
+            else: res[k] = {'v':kept, 'device':_device(kept)}
     return res,lost
 
 def _tensors(o):
@@ -342,8 +374,8 @@ def _remember(o, memory, device):
     "Give `o` back what it kept"
     for k,kept in memory.items():
         try: v = _decode(kept['v'])
-        except ValueError as e: print(f"{type(o).__name__}.{k} begins anew: {e}"); continue
-        vars(o)[k] = to_device(v, device) if kept['device'] else v
+        except ValueError as e: print(f"{type(o).__name__}.{k} begins anew: {e}")
+        else: vars(o)[k] = to_device(v, device) if kept['device'] else v
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00053
 def _find_generators(o, depth=6, seen=None):
@@ -351,7 +383,9 @@ def _find_generators(o, depth=6, seen=None):
     seen = {} if seen is None else seen
     if depth==0 or id(o) in seen or isinstance(o, (type,str,Tensor,np.ndarray,nn.Module,DataLoader,Learner)): return
     seen[id(o)] = o
-    if isinstance(o, _generators): yield o; return
+    if isinstance(o, _generators):
+        yield o
+        return
     if isinstance(o, dict): inner = o.values()
     elif isinstance(o, (list,tuple,L)): inner = o if len(o)<1000 else ()
     elif isinstance(o, partial): inner = (o.func,o.args,o.keywords)
@@ -361,8 +395,10 @@ def _find_generators(o, depth=6, seen=None):
     for v in inner: yield from _find_generators(v, depth-1, seen)
 
 def _all_generators(learn):
-    seen,tfms = {},[f for dl in learn.dls.loaders for nm in ('after_item','before_batch','after_batch') for f in getattr(getattr(dl, nm, None), 'fs', ())]
-    return [g for o in (*(cb for cb in learn.cbs if not isinstance(cb, Checkpoint)),*tfms) for g in _find_generators(o, seen=seen)]
+    events = 'after_item','before_batch','after_batch'
+    tfms = [f for dl in learn.dls.loaders for nm in events for f in getattr(getattr(dl, nm, None), 'fs', ())]
+    cbs,seen = [cb for cb in learn.cbs if not isinstance(cb, Checkpoint)],{}
+    return [g for o in (*cbs,*tfms) for g in _find_generators(o, seen=seen)]
 
 def _generator_state(g, state=None):
     "The state of a generator, or give it one"
@@ -375,7 +411,8 @@ def _generator_state(g, state=None):
 
 def _random(learn):
     "Random states of the process, of the DataLoaders and of generators"
-    return dict(process=get_random_states(), dls=[dl.rng.getstate() for dl in _dls(learn)], generators=list(map(_generator_state, _all_generators(learn))))
+    return dict(process=get_random_states(), dls=[dl.rng.getstate() for dl in _dls(learn)],
+                generators=list(map(_generator_state, _all_generators(learn))))
 
 def _set_generators(learn, state):
     for g,o in zip(_all_generators(learn), state.get('generators', [])): _generator_state(g, o)
@@ -397,7 +434,8 @@ def _training_state(learn):
     "Everything that is not random"
     net,scaler = get_model(learn.model),getattr(learn, 'scaler', None)
     return dict(model=dict(net.state_dict()), grads=_grads(net), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(),
-                keys=learn.ressl.keys if hasattr(learn, 'ressl') else [], others={k:_Kept(_memory(o)[0]) for k,o in _others(learn).items()},
+                keys=learn.ressl.keys if hasattr(learn, 'ressl') else [],
+                others={k:_Kept(_memory(o)[0]) for k,o in _others(learn).items()},
                 train_iter=learn.train_iter, pct_train=learn.pct_train, time=time.time())
 
 def _set_training_state(learn, state):
@@ -418,7 +456,9 @@ def _set_memory(learn, state):
     if hasattr(learn.recorder, 'start_epoch'): learn.recorder.start_epoch += time.time()-state['time']  # time between does not count
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00055
-def _csvs(learn): return [cb for cb in learn.cbs if isinstance(cb, CSVLogger) and hasattr(cb, 'file') and not cb.file.closed]
+def _csvs(learn):
+    "Loggers whose file is open"
+    return [cb for cb in learn.cbs if isinstance(cb, CSVLogger) and hasattr(cb, 'file') and not cb.file.closed]
 
 def _csv_starts(learn): return [cb.file.tell() if cb.append else None for cb in _csvs(learn)]
 
@@ -426,7 +466,7 @@ def _continue_csvs(learn, starts):
     "Cut off what the fit had appended after its header; where the rows begin"
     for cb,start in zip(_csvs(learn), starts):
         if cb.append and start is not None and start<=cb.file.tell(): cb.file.truncate(start)
-    return [start if start is not None and cb.append else now for cb,start,now in zip(_csvs(learn), starts, _csv_starts(learn))]
+    return starts
 
 def _restore_csvs(learn, rows):
     "As if this fit had never begun"
@@ -452,7 +492,8 @@ class Checkpoint(Callback):
         folder:str|Path, # Folder for this one fit: a name in `learn.path/learn.model_dir`, or an absolute path
         every:int=None # Steps between checkpoints within an epoch; default: only between epochs
     ):
-        if every is not None and (not isinstance(every, int) or every<1): raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        if every is not None and (not isinstance(every, int) or every<1):
+            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         store_attr()
         self.n_fits,self.where,self.paused = 0,None,[]
         self._reset()
@@ -478,8 +519,9 @@ class Checkpoint(Callback):
         "Continue from the last good checkpoint, if there is one and its settings and data are those of this fit"
         self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())  # fastai locks for `validate` and `get_preds`
         if not self.run: return
-        if num_distrib()>1: raise ValueError("Checkpoint keeps the random states of one process: it cannot be used in distributed training")
-        for cb in sorted(self._go_on(), key=lambda o: o.order): cb('before_fit')  # a fit before was interrupted while they paused
+        if num_distrib()>1:
+            raise ValueError("Checkpoint keeps the random states of one process: it cannot be used in distributed training")
+        for cb in L(self._go_on()).sorted('order'): cb('before_fit')  # a fit before was interrupted while they paused
         self._reset()
         folder = Path(self.folder)
         if self.n_fits: folder = folder.with_name(f'{folder.name}-{self.n_fits+1}')
@@ -495,11 +537,15 @@ class Checkpoint(Callback):
         if 'data' in state: wrong += _other_data(self.learn.dls, state['data'], self.kept_data)
         if wrong:
             _restore_csvs(self.learn, state['rows'])
-            raise ValueError(f"{file} is from a fit with other settings: {'; '.join(wrong)}. Use these again, or another folder for another fit")
+            raise ValueError(f"{file} is from a fit with other settings: {'; '.join(wrong)}. "
+                             "Use these again, or another folder for another fit")
         said = None
-        if 'data' in state: said,self.kept_data = _continue_data(self.learn.dls, state['data'], self.kept_data),state['data']
+        if 'data' in state:
+            said = _continue_data(self.learn.dls, state['data'], self.kept_data)
+            self.kept_data = state['data']
         _set_training_state(self.learn, state['training'])
-        self.state,self.files,self.rows,self.csv = state,[file],state['rows'],_continue_csvs(self.learn, state.get('csv', []))
+        self.state,self.files,self.rows = state,[file],state['rows']
+        self.csv = _continue_csvs(self.learn, state.get('csv', []))
         for row in self.rows: self.learn.logger(row)
         if state['epoch']==self.n_epoch:
             _set_random(self.learn, state['random'])
@@ -550,7 +596,7 @@ class Checkpoint(Callback):
         if lock := _locks.pop(self.where, None): lock.close()
 
     def _pause(self):
-        self.paused = [cb for cb in self.learn.cbs if cb.run and cb is not self and not isinstance(cb, ProgressCallback)]
+        self.paused = [cb for cb in self.learn.cbs if cb.run and not isinstance(cb, (Checkpoint,ProgressCallback))]
         for cb in self.paused: cb.run = False
 
     def _go_on(self):
@@ -562,8 +608,8 @@ class Checkpoint(Callback):
     def _save(self, epoch, batch):
         file = self.where/f'epoch_{epoch:04}_batch_{batch:06}.pth'
         self._say_what_is_lost()
-        write_checkpoint(file, dict(epoch=epoch, batch=batch, settings=self.settings, data=self.kept_data, rows=self.rows, csv=self.csv,
-                                    training=_training_state(self.learn), start=self.start, random=_random(self.learn)))
+        fit = dict(settings=self.settings, data=self.kept_data, rows=self.rows, csv=self.csv, start=self.start)
+        write_checkpoint(file, dict(epoch=epoch, batch=batch, **fit, training=_training_state(self.learn), random=_random(self.learn)))
         self.files = [*(o for o in self.files if o!=file), file][-2:]
         _delete_others(self.where, self.files)
 

@@ -44,7 +44,7 @@ def is_library(
     return file is None or module.split('.')[0]==__name__.split('.')[0] or any(o in file for o in installed)
 
 def _code(f):
-    "What a user's function does: its instructions, constants and the globals that they use; of a library's function the name"
+    "What a user's function does: its instructions, constants and globals; of a library's function the name"
     if is_library(f.__module__): return f.__module__,f.__qualname__
     def of(c): return c.co_code,c.co_names,[of(o) if isinstance(o, CodeType) else o for o in c.co_consts]
     def names(c): return {*c.co_names}.union(*(names(o) for o in c.co_consts if isinstance(o, CodeType)))
@@ -56,7 +56,8 @@ def _closure(f):
 
 def _class(cls):
     if is_library(cls.__module__): return cls.__module__,cls.__qualname__
-    return cls.__qualname__,cls.__bases__,{k:v for k,v in vars(cls).items() if not k.startswith('__') or k in ('__init__','__call__')}
+    inside = {k:v for k,v in vars(cls).items() if not k.startswith('__') or k in ('__init__','__call__')}
+    return cls.__qualname__,cls.__bases__,inside
 
 # %% ../nbs/03c_fingerprint.ipynb #3c000008
 @functools.lru_cache(None)
@@ -67,15 +68,17 @@ def assigned_later(
     def functions(o):
         o = inspect.unwrap(getattr(o, '__func__', o))
         return [m.implementation for m in o.methods] if isinstance(o, plum.Function) else [o]
-    fs = [f for c in cls.__mro__ for nm,o in vars(c).items() if nm not in ('__init__','setups') for f in functions(o)]
-    return {i.argval for f in fs if isinstance(f, FunctionType) for i in dis.get_instructions(f) if i.opname=='STORE_ATTR'}
+    attrs = [o for c in cls.__mro__ for nm,o in vars(c).items() if nm not in ('__init__','setups')]
+    fs = [f for o in attrs for f in functions(o) if isinstance(f, FunctionType)]
+    return {i.argval for f in fs for i in dis.get_instructions(f) if i.opname=='STORE_ATTR'}
 
 def _parameters(
     o # Any object with attributes
 ) -> dict: # Attributes by name
     "What `o` was made with and what it learnt in `setups`, without what it sets while it works"
-    given,at_work = {k for c in type(o).__mro__ for k in inspect.signature(c.__init__).parameters},assigned_later(type(o))
-    return {k:v for k,v in vars(o).items() if k in given or not (k.startswith('__') or k in at_work or k in ('_name','input_types'))}
+    given = {k for c in type(o).__mro__ for k in inspect.signature(c.__init__).parameters}
+    skipped = {'_name','input_types',*assigned_later(type(o))}
+    return {k:v for k,v in vars(o).items() if k in given or not (k.startswith('__') or k in skipped)}
 
 # %% ../nbs/03c_fingerprint.ipynb #3c000009
 def _sample(n, most): return np.unique(np.linspace(0, n-1, max(1, min(n, most))).astype(int))
@@ -99,7 +102,8 @@ def _parts(o):
         x = o.detach().cpu().as_subclass(Tensor)
         return str(o.dtype),(x.float() if x.dtype==torch.bfloat16 else x).numpy()
     if isinstance(o, Image.Image): return o.mode,np.asarray(o)
-    if isinstance(o, (pd.DataFrame,pd.Series,pd.Index)): return _table(o if isinstance(o, pd.DataFrame) else o.to_frame())
+    if isinstance(o, (pd.Series,pd.Index)): return _table(o.to_frame())
+    if isinstance(o, pd.DataFrame): return _table(o)
     if isinstance(o, functools.partial): return 'partial',o.func,o.args,o.keywords
     if isinstance(o, plum.Function): return [m.implementation for m in o.methods]
     if isinstance(o, FunctionType): return _code(o),o.__defaults__,o.__kwdefaults__,_closure(o)
@@ -115,15 +119,18 @@ def _parts(o):
 
 # %% ../nbs/03c_fingerprint.ipynb #3c000010
 def _placeless(o):
-    "A path by its name if it is absolute: a folder may move"
+    "A folder may move: an absolute path counts by its name, and that of a folder not at all, since the files in it do"
     if isinstance(o, PurePath): o = str(o)
-    return os.path.basename(o.rstrip(os.sep)) if isinstance(o, str) and os.path.isabs(o) else o
+    if not (isinstance(o, str) and os.path.isabs(o)): return o
+    return '/' if os.path.isdir(o) else os.path.basename(o)
 
 def _simple(o):
     "`o` as bytes if it is a number, a text or a path"
     o = _placeless(o)
-    for t in (bool,int,float,complex,str,bytes,type(None)):
-        if isinstance(o, t) and not isinstance(o, enum.Enum): return f'{t.__name__} '.encode()+(o if t is bytes else str(o).encode('utf-8', 'surrogatepass'))
+    if isinstance(o, enum.Enum): return
+    if isinstance(o, bytes): return b'bytes '+o
+    for t in (bool,int,float,complex,str,type(None)):
+        if isinstance(o, t): return f'{t.__name__} {o}'.encode('utf-8', 'surrogatepass')
 
 def digest(
     o, # Any value
@@ -141,7 +148,8 @@ def digest(
         if id(o) in inside: return b'within %d' % inside.index(id(o))
         if id(o) in kept: return kept[id(o)][1]
         inside.append(id(o))
-        if isinstance(o, Mapping): res = combined('mapping', sorted(combined('pair', [walk(k), walk(v)]) for k,v in o.items()))
+        if isinstance(o, Mapping):
+            res = combined('mapping', sorted(combined('pair', [walk(k), walk(v)]) for k,v in o.items()))
         elif isinstance(o, Set): res = combined('set', sorted(map(walk, o)))
         elif isinstance(o, (list,tuple,L,deque)): res = combined('list', map(walk, o))
         else: res = combined(type(o).__name__, [walk(_parts(o))])
@@ -208,17 +216,23 @@ def _names(items, root):
 
 def _labels(tl):
     at,x = _file_at(tl)
-    if at is not None and isinstance(x, (Image.Image,np.ndarray,Tensor)): return [_key([_stat(f)[0],_ends(f)]) for f in _through(tl, at)]  # masks
+    if at is not None and isinstance(x, (Image.Image,np.ndarray,Tensor)):  # masks
+        return [_key([_stat(f)[0],_ends(f)]) for f in _through(tl, at)]
     return list(map(_key, _through(tl, len([f for f in tl.tfms.fs if not isinstance(f, Categorize)]))))
+
+def _files(tls):
+    "The file of each item, None if they have none"
+    if not tls or not len(tls[0]): return
+    at,_ = _file_at(tls[0])
+    return None if at is None else list(map(str, _through(tls[0], at)))
 
 def item_fingerprints(
     dls # fastai `DataLoaders`
-) -> list: # Of each loader a table with one row per item, in order, of whole numbers: item, size, bytes (0 if not in the sample), time, label
+) -> list: # Of each loader a table of whole numbers, one row per item: item, size, time, label, bytes (0: not in the sample)
     "Who the items are and what their files are, without decoding them"
     with no_random(reproducible=False):
         loaders = [(dl,_lists(dl)) for dl in dls.loaders]
-        found = [tls and len(tls[0]) and _file_at(tls[0])[0] for _,tls in loaders]
-        files = [[str(f) for f in _through(tls[0], at)] if tls and len(tls[0]) and at is not None else None for (_,tls),at in zip(loaders, found)]
+        files = [_files(tls) for _,tls in loaders]
         every = {os.path.dirname(os.path.abspath(f)) for fs in files for f in fs or ()}
         root = os.path.commonpath(every) if every else None
         res = []
@@ -226,7 +240,8 @@ def item_fingerprints(
             names = _names(tls[0].items if tls else range(dl.n or 0), root)
             df = pd.DataFrame({'item':np.array(list(map(_key, names)), np.int64)})
             df[['size','time']] = np.array([_stat(f) for f in fs] if fs else np.zeros((len(df),2)), np.int64)
-            df['label'] = np.array([_key(o) for o in zip(*map(_labels, tls[1:]))] if len(tls)>1 and len(df) else np.zeros(len(df)), np.int64)
+            labels = list(map(_key, zip(*map(_labels, tls[1:])))) if len(tls)>1 and len(df) else np.zeros(len(df))
+            df['label'] = np.array(labels, np.int64)
             res.append(df)
         chosen = set(np.sort(np.concatenate([df['item'] for df in res]))[:1000])
         for df,(_,tls),fs in zip(res, loaders, files):
@@ -236,18 +251,22 @@ def item_fingerprints(
     return res
 
 # %% ../nbs/03c_fingerprint.ipynb #3c000019
-def _short(v): return isinstance(v, (bool,int,float,str,type(None))) or isinstance(v, (tuple,list)) and len(v)<6 and all(map(_short, v))
+def _short(v):
+    if isinstance(v, (tuple,list)): return len(v)<6 and all(map(_short, v))
+    return isinstance(v, (bool,int,float,str))
 
 def _describe(
     f # A transform
 ) -> str: # As `Resize(size=(16, 16)) 1f0c92`
     "Name, short parameters and digest of a transform"
-    shown = {k:v for k,v in _parameters(f).items() if _short(v) and v is not None and not k.startswith('_') and k not in ('order','split_idx','nm')}
+    hidden = 'order','split_idx'
+    shown = {k:_placeless(v) for k,v in _parameters(f).items() if _short(v) and not k.startswith('_') and k not in hidden}
     name = f.name if type(f) is Transform else type(f).__name__
-    return f"{name}({', '.join(f'{k}={_placeless(v)}' for k,v in shown.items())}) {digest(f, 3)}"
+    return f"{name}({', '.join(f'{k}={v}' for k,v in shown.items())}) {digest(f, 3)}"
 
 def _described(dls, get):
-    texts = [' '.join(_describe(f) for f in get(dl) if getattr(f, 'name', None)!='noop') or 'none' for dl in dls.loaders]
+    "Of the transforms that `get` finds in each loader; once if all have the same"
+    texts = [' '.join(_describe(f) for f in get(dl) if f.name!='noop') or 'none' for dl in dls.loaders]
     return texts[0] if len(set(texts))==1 else '; '.join(texts)
 
 image_parts = 'images','items','files','times','kind','type transforms','item transforms'
@@ -258,15 +277,18 @@ def data_fingerprint(
 ) -> dict: # Text by the name of a part; those in `image_parts` say what the decoded images are
     "What the data of a training are, by parts: equal if and only if the parts are"
     items = item_fingerprints(dls) if items is None else items
-    def column(k): return digest([df[k].to_numpy() for df in items])
-    def tfms(nm): return lambda dl: [f for f in getattr(getattr(dl, nm, None), 'fs', []) if not isinstance(f, Normalize)]
+    def columns(*ks): return digest([df[list(ks)].to_numpy() for df in items])
+    def fs(dl, nm): return getattr(getattr(dl, nm, None), 'fs', [])
+    def named(fs): return [f for f in fs if not isinstance(f, (Normalize,Categorize))]  # which have parts of their own
+    def tfms(*nms): return _described(dls, lambda dl: named(f for nm in nms for f in fs(dl, nm)))
+    def type_tfms(part): return _described(dls, lambda dl: named(f for tl in _lists(dl)[part] for f in tl.tfms.fs))
     first = [tls[0] for tls in map(_lists, dls.loaders) if tls and len(tls[0])][:1]
-    with no_random(reproducible=False): kind = [type(tl[0]).__name__ for tl in first]
-    norms = [f for dl in dls.loaders for f in getattr(getattr(dl, 'after_batch', None), 'fs', []) if isinstance(f, Normalize)]
+    with no_random(reproducible=False): kind = ''.join(type(tl[0]).__name__ for tl in first)
+    norms = [f for dl in dls.loaders for f in fs(dl, 'after_batch') if isinstance(f, Normalize)]
     stats = [f'{x:.6g}' for f in norms[:1] for o in (f.mean,f.std) for x in torch.as_tensor(o).flatten().tolist()]
-    res = {'images':' and '.join(str(len(df)) for df in items), 'items':column('item'), 'files':digest([df[['size','bytes']].to_numpy() for df in items]), 'times':column('time'),
-           'labels':column('label'), 'kind':''.join(kind), 'normalize':' '.join(stats) or 'none'}
-    def type_tfms(i): return lambda dl: [f for tl in _lists(dl)[i] for f in tl.tfms.fs if not isinstance(f, Categorize)]
-    return res | {'type transforms':_described(dls, type_tfms(slice(0,1))), 'label transforms':_described(dls, type_tfms(slice(1,None))),
-        'classes':digest(list(getattr(dls, 'vocab', None) or [])), 'item transforms':_described(dls, tfms('after_item')),
-        'batch transforms':_described(dls, lambda dl: [*tfms('before_batch')(dl),*tfms('after_batch')(dl)])}
+    return {'images':' and '.join(str(len(df)) for df in items), 'items':columns('item'),
+            'files':columns('size', 'bytes'), 'times':columns('time'), 'labels':columns('label'), 'kind':kind,
+            'classes':digest(list(getattr(dls, 'vocab', None) or [])),
+            'type transforms':type_tfms(slice(0, 1)), 'label transforms':type_tfms(slice(1, None)),
+            'item transforms':tfms('after_item'), 'batch transforms':tfms('before_batch', 'after_batch'),
+            'normalize':' '.join(stats) or 'none'}

@@ -136,6 +136,11 @@ def test_what_is_the_same_is_not_refused(images, tmp_path, capsys):
     assert differences(whole, everything(fit(make(1, dls), n=3, cbs=Checkpoint(tmp_path/'run'))))==[]
     assert 'in the order of the checkpoint' in capsys.readouterr().out
 
+def test_a_table_goes_on_when_its_folder_has_moved(images, tmp_path):
+    path = shutil.copytree(images, tmp_path/'images')
+    crash(make(dls=from_table(path, 1)), tmp_path/'run', 2)
+    fit(make(1, from_table(path.rename(tmp_path/'elsewhere'), 1)), n=3, cbs=Checkpoint(tmp_path/'run'))
+
 # fingerprints
 
 class Mode(enum.Enum): A = 1
@@ -237,6 +242,11 @@ def test_a_csv_is_appended_to_once_and_left_alone_by_a_fit_that_is_refused(tmp_p
     with pytest.raises(ValueError, match='n_epoch'): go(1, n=5, append=False, cbs=[Checkpoint('run')])
     assert (tmp_path/'h.csv').read_text()==before and len(before.splitlines())==5
 
+def is_held(folder):
+    "Asked by another process, with nothing but the standard library"
+    code = f"import fcntl; f = open(r'{folder/'lock'}', 'w')\ntry: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)\nexcept OSError: print('held')"
+    return subprocess.run([sys.executable, '-S', '-c', code], capture_output=True, text=True).stdout=='held\n'
+
 class Interrupted(Checkpoint):
     "Ctrl-C while batches that are done are drawn again"
     def before_batch(self):
@@ -260,16 +270,14 @@ def test_ctrl_c_while_batches_are_passed_over_leaves_all_callbacks_on(tmp_path, 
 def test_an_object_that_stays_on_a_learner_goes_on_after_ctrl_c(tmp_path):
     whole = everything(fit(make(), n=3))
     crash(make(), tmp_path/'run', 7, every=1)
-    learn,cb = make(1),Interrupted(tmp_path/'run', 1)
+    learn,cb,seen = make(1),Interrupted(tmp_path/'run', 1),[]
     learn.add_cb(cb)
     with pytest.raises(KeyboardInterrupt): fit(learn, n=3)
     cb.before_batch = partial(Checkpoint.before_batch, cb)
-    assert differences(whole, everything(fit(learn, n=3)))==[]
-
-def is_held(folder):
-    "Asked by another process, with nothing but the standard library"
-    code = f"import fcntl; f = open(r'{folder/'lock'}', 'w')\ntry: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)\nexcept OSError: print('held')"
-    return subprocess.run([sys.executable, '-S', '-c', code], capture_output=True, text=True).stdout=='held\n'
+    class Ask(Callback):
+        def after_train(self): seen.append(is_held(tmp_path/'run'))
+    assert differences(whole, everything(fit(learn, n=3, cbs=Ask())))==[]
+    assert all(seen[1:]) and not is_held(tmp_path/'run')
 
 def test_a_second_fit_of_one_object_holds_the_folder_and_a_refused_one_frees_it(tmp_path):
     seen,learn,cb,run = [],make(),Checkpoint(tmp_path/'run', 1),tmp_path/'run'
