@@ -8,6 +8,7 @@ from ressl_fastai.cuda_graph import *
 from ressl_fastai.data import *
 from ressl_fastai.evaluate import *
 from ressl_fastai.feature_queue import *
+from ressl_fastai.fingerprint import *
 from ressl_fastai.health import *
 from ressl_fastai.images import *
 from ressl_fastai.interpret import *

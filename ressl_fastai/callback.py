@@ -128,6 +128,7 @@ class ReSSL(Callback):
         if not student_temp>0: raise ValueError(f"student_temp must be greater than 0, got {student_temp}")
         if warmup is not None and not callable(warmup): raise ValueError(f"warmup must be an InfoNCEWarmup, got {warmup!r}")
         store_attr()
+        self.trained = self.again = False
         self._reset()
 
     def _reset(self): self.train_dl=self.normalize=self.x_teacher=self.z_teacher=self.old_loss=self.sent_loss=None; self.keys,self.checked,self.full = [],False,False
@@ -144,11 +145,13 @@ class ReSSL(Callback):
             raise ValueError(f"ReSSL trains a ReSSLModel, learn.model is a {type(self.net).__name__}: use ressl_learner")
         self.restore_loss()
         self._reset()
+        self.again = self.trained
         if self.learn.opt is not None: self.learn.opt.zero_grad()
 
     def before_train(self):
         "Train on images without other augmentation; fill an empty queue with teacher embeddings of real images"
         if self.train_dl is None:
+            self._say_what_begins_again()
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
             # a last batch of one image has no variance for batch norm
             self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last or dl.n%dl.bs==1)
@@ -157,6 +160,12 @@ class ReSSL(Callback):
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()
         self.full = len(self.net.queue.filled)==self.net.queue.size  # asked once: a GPU's host would wait for the answer at each step
+
+    def _say_what_begins_again(self):
+        again = ['warmup']*(self.warmup is not None)+[k for k in ('teacher_momentum','teacher_temp') if callable(getattr(self, k))]
+        if not (again and self.again) or self.learn.epoch or hasattr(self.learn, 'lr_finder'): return
+        print(f"{' and '.join(again)} begin{'s'*(len(again)==1)} again, as the learning rate does: this learner has been through a fit. If that is not meant, "
+              f"go on with learn.fit(n_epoch, start_epoch=...), or set {', '.join(f'learn.ressl.{k}' for k in again)} first")
 
     @torch.no_grad()
     def _fill_queue(self):
@@ -222,6 +231,7 @@ class ReSSL(Callback):
     def after_step(self):
         "The teacher follows, then the embeddings of all batches since the last step join the queue"
         if not self.keys: return
+        self.trained = self.trained or not hasattr(self.learn, 'lr_finder')
         update_teacher(self.net.teacher, self.net.student, _value(self.teacher_momentum, self.progress))
         self.net.queue.enqueue(torch.cat(self.keys))
         self.keys = []

@@ -188,8 +188,10 @@ def _norm_stats(dls):
     norm = get_normalize(dls)
     return norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std))
 
-def _add_normalize(dls, stats):
-    dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+def _add_normalize(dls, stats, measured=False):
+    norm = Normalize.from_stats(*stats, cuda=False)
+    norm.measured = measured  # on these images: a fit that is continued takes its own along
+    dls.add_tfms([norm], 'after_batch')
     if dls.device is not None: dls.to(dls.device)  # takes the statistics along
 
 def _splitter(body, arch):
@@ -252,7 +254,7 @@ def ressl_learner(
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
     cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder, dls.train.bs*size[0]*size[1])))+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
-    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
+    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     return learn
 
 # %% ../nbs/07_learner.ipynb #28b276cd
