@@ -8,6 +8,7 @@
 - `ressl_fastai.data`: Small images in memory: `DataLoaders` that take a whole batch at once from an array, or from a folder decoded once.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
+- `ressl_fastai.files`: One way to write files, one way to read them back, and a lock for folders: nothing that was finished is lost.
 - `ressl_fastai.health`: Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
 - `ressl_fastai.images`: Files as they are found: unreadable ones named or left out, 16-bit pixels not cut off.
 - `ressl_fastai.interpret`: See what the encoder has learned, and use it: relations, neighbours, maps, duplicates, outliers, and which images to label first.

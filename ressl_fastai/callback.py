@@ -20,7 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.data.transforms import Normalize
-from fastai.torch_core import TensorImage, get_model, to_device
+from fastai.torch_core import TensorImage, get_model, num_distrib, to_device
 from fastcore.basics import first, listify, store_attr
 from torch import Tensor
 
@@ -81,10 +81,21 @@ class InfoNCEWarmup:
 # %% ../nbs/05_callback.ipynb #ed53d2a7
 def _value(o, progress): return o(progress) if callable(o) else o
 
+class _OnItsWay:
+    "A number that a GPU sends to the CPU when it has it; who asks waits for that alone, not for what the GPU was given to do since"
+    def __init__(self, x):
+        self.x = x.detach().to('cpu', non_blocking=True)
+        self.sent = torch.cuda.Event()
+        self.sent.record()
+
+    def get(self):
+        self.sent.synchronize()
+        return self.x
+
 class ReSSL(Callback):
     "Relational self-supervised learning (2107.09282) of a `ReSSLModel`"
     order,name = MixedPrecision.order-1,'ressl'
-    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full')
+    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full','sent_loss')
     def __init__(self,
         weak_tfms, # Callable from a batch of images in [0, 1] to views for the teacher
         strong_tfms, # Likewise for the student, or a list of them: one view of each image from each
@@ -105,7 +116,7 @@ class ReSSL(Callback):
         store_attr()
         self._reset()
 
-    def _reset(self): self.train_dl=self.normalize=self.x_teacher=self.z_teacher=self.old_loss=None; self.keys,self.checked,self.full = [],False,False
+    def _reset(self): self.train_dl=self.normalize=self.x_teacher=self.z_teacher=self.old_loss=self.sent_loss=None; self.keys,self.checked,self.full = [],False,False
 
     @property
     def net(self): return get_model(self.learn.model)
@@ -183,7 +194,11 @@ class ReSSL(Callback):
         return loss
 
     def after_loss(self):
-        if self.training: self.keys.append(self.z_teacher)
+        if not self.training: return
+        self.keys.append(self.z_teacher)
+        if self._on_gpu(self.learn.loss) and num_distrib()<2: self.sent_loss = _OnItsWay(self.learn.loss)
+
+    def _on_gpu(self, x): return x.is_cuda
 
     def after_cancel_step(self):
         "An fp16 overflow: as if the batches since the last step had not been there"
@@ -195,6 +210,10 @@ class ReSSL(Callback):
         update_teacher(self.net.teacher, self.net.student, _value(self.teacher_momentum, self.progress))
         self.net.queue.enqueue(torch.cat(self.keys))
         self.keys = []
+
+    def after_batch(self):
+        "fastai's recorder and bar ask for the loss of every batch, and would wait until the GPU has nothing more to do"
+        if self.sent_loss is not None: self.learn.loss,self.sent_loss = self.sent_loss.get(),None
 
     def after_fit(self):
         self.restore_loss()

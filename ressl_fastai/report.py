@@ -36,6 +36,7 @@ from torchvision.transforms.functional import to_pil_image
 from . import __version__
 from .callback import get_normalize
 from .evaluate import embed, knn_accuracy, linear_accuracy
+from .files import write_text
 from .health import Guard, HealthMonitor
 from .interpret import (_classes, _embeddings, _name, _pictures, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors,
                                     suggest_labels)
@@ -380,5 +381,4 @@ def report(self:Learner,
     page = render(title=title or f'{model.encoder.arch}, pretrained on {self.dls.train.n:,} images',
                   subtitle=f"ressl_fastai {__version__}, {datetime.now():%Y-%m-%d %H:%M}", alarms=[o for cb in self.cbs if isinstance(cb, Guard) for o in cb.alarms],
                   sections=sections, facts=[o for s in sections for o in s.get('facts', ())])
-    (aside := file.with_name(file.name+'.part')).write_text(page, encoding='utf-8', errors='replace')
-    return aside.replace(file)  # an older page stays whole until the new one is
+    return write_text(file, page)
