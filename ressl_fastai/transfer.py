@@ -1,10 +1,10 @@
 """`learn.to_classifier(labelled_dls)`: from a few labelled images to a classifier in seconds, as good as the encoder is.
 
 With few labels, the best use of a pretrained encoder is to leave it as it is. `to_classifier` computes the features of the labelled images once, fits logistic regression to
-them, and puts the solution into a linear layer behind the encoder: an ordinary fastai `Learner` that predicts, validates, exports and trains on. Its accuracy is the one that
+them, and puts the solution into a linear layer behind the encoder: an ordinary fastai `Learner` that predicts, validates, exports and can be trained on. Its accuracy is the one that
 `linear_probe` and `label_efficiency` give for frozen features, because it is the same computation.
 
-`fit_steps` trains such a learner further. It counts steps instead of epochs, and starts from that solution instead of a random head.
+The result is never worse than frozen features and logistic regression, because it is frozen features and logistic regression. `encoder_learner` does the same from an encoder file.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/transfer.html.md"""
 
