@@ -62,6 +62,7 @@ def test_predictions_are_scikit_learns(learn, kw, teacher):
     assert (got-other).abs().max()>1e-2  # control
     absent = [i for i,c in enumerate(dls.vocab) if c not in kw.get('classes', range(10))]
     assert got.shape[1]==len(dls.vocab) and bool((got[:,absent]<1e-12).all())
+    assert (clf.model[1][-1].weight[absent]==0).all()
     assert all(np.isfinite(clf.validate()))
 
 def test_one_label_per_class_has_nothing_to_choose_a_penalty_with(learn):
