@@ -1,10 +1,12 @@
-"""`learn.to_classifier(labelled_dls)`: from a few labelled images to a classifier in seconds, as good as the encoder is.
+"""`learn.to_classifier(labelled_dls)`: a classifier from a few labelled images in seconds, as good as the encoder is.
 
-With few labels, the best use of a pretrained encoder is to leave it as it is. `to_classifier` computes the features of the labelled images once, fits logistic regression to
-them, and puts the solution into a linear layer behind the encoder: an ordinary fastai `Learner` that predicts, validates, exports and can be trained on. Its accuracy is the one that
-`linear_probe` and `label_efficiency` give for frozen features, because it is the same computation.
+With few labels, the best use of a pretrained encoder is to leave it as it is. `to_classifier` computes the features
+of the labelled images once, fits logistic regression to them, and puts the solution into a linear layer behind the
+encoder: an ordinary fastai `Learner` that predicts, validates, exports and can be trained on. Its accuracy is the one
+that `linear_probe` and `label_efficiency` give for frozen features, because it is the same computation.
 
-The result is never worse than frozen features and logistic regression, because it is frozen features and logistic regression. `encoder_learner` does the same from an encoder file.
+The result is never worse than frozen features and logistic regression, because it is frozen features and logistic
+regression. `encoder_learner` does the same from an encoder file.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/transfer.html.md"""
 
@@ -28,8 +30,8 @@ from sklearn.base import BaseEstimator
 from torch import nn
 
 from .evaluate import check_classes, embed, fit_logistic
-from ressl_fastai.learner import (_as_pretrained, _hand_over, _pretrained, _read_encoder, _same_normalize, _splitter, embedding_loss, first_images,
-    load_encoder)
+from .learner import (_as_pretrained, _hand_over, _pretrained, _read_encoder, _same_normalize, _splitter,
+                                  embedding_loss, first_images, load_encoder)
 from .models import ReSSLModel, create_encoder, get_arch
 
 # %% ../nbs/10a_transfer.ipynb #10ae0009
@@ -41,7 +43,9 @@ def _set_linear(
     scaler,model = logistic
     weight = model.coef_/scaler.scale_
     bias = model.intercept_ - weight@scaler.mean_
-    if len(model.classes_)==2: weight,bias = np.concatenate([-weight, weight])/2,np.concatenate([-bias, bias])/2  # scikit-learn keeps the difference alone
+    if len(model.classes_)==2:  # scikit-learn keeps the difference of the two scores
+        weight = np.concatenate([-weight, weight])/2
+        bias = np.concatenate([-bias, bias])/2
     classes = torch.as_tensor(model.classes_)
     with torch.no_grad():
         linear.weight.zero_()[classes] = torch.as_tensor(weight).to(linear.weight)
@@ -53,8 +57,10 @@ def _check_categories(dls):
     b = first_images(dls)
     try: check_classes(b[1] if len(b)==2 else None, 'dls')
     except ValueError as e:
-        raise ValueError(f"to_classifier needs one category per image: {e}. For other targets, use to_vision_learner or to_unet_learner") from None
-    if not get_c(dls): raise ValueError("to_classifier needs one category per image, dls has no vocab: use a CategoryBlock for the targets")
+        raise ValueError(f"to_classifier needs one category per image: {e}. "
+                         "For other targets, use to_vision_learner or to_unet_learner") from None
+    if not get_c(dls): raise ValueError(
+        "to_classifier needs one category per image, dls has no vocab: use a CategoryBlock for the targets")
 
 def _full_batches(dls):
     "`dls` whose training batches are not larger than its training set, which would leave no full batch"
@@ -66,11 +72,11 @@ def _full_batches(dls):
 @patch
 @delegates(Learner.__init__, but=['model'])
 def to_classifier(self:Learner,
-    dls:DataLoaders, # Images with one category each, two categories or more; they get the normalisation of pretraining, another one is refused
+    dls:DataLoaders, # Images with one category each, two or more; they get the normalisation of pretraining
     teacher:bool=False, # The teacher's encoder instead of the student's
     **kwargs
 ) -> Learner: # Ready to predict; all but the linear layer is frozen
-    "A fastai learner of the frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
+    "The frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
     _check_categories(dls)
     _same_normalize(dls, _pretrained(self, teacher)[1], 'the encoder')
     dls = _full_batches(dls)
@@ -84,13 +90,14 @@ def to_classifier(self:Learner,
 # %% ../nbs/10a_transfer.ipynb #10ae0021
 def encoder_learner(
     file:str|Path, # Encoder file, as from `save_encoder` or `ressl_pretrain`
-    dls:DataLoaders, # Any fastai vision `DataLoaders`; they get the normalisation of pretraining, another one is refused
-    arch=None, # What the encoder was made with; default: by the name in the file, which a `partial` or a module of your own does not say
+    dls:DataLoaders, # Any fastai vision `DataLoaders`; they get the normalisation of pretraining
+    arch=None, # What the encoder was made with; default: by the name in the file, which no `partial` or own module has
     trained:bool=True # Whether to load the weights; else they are random, as a baseline
 ) -> Learner: # Of a `ReSSLModel`
     "A learner with the encoder in `file`"
     state = _read_encoder(file)
-    enc = create_encoder(get_arch(state['arch']) if arch is None else deepcopy(arch), state['n_in'], stem=state['stem'], size=first_images(dls)[0].shape[2:])
+    arch = get_arch(state['arch']) if arch is None else deepcopy(arch)
+    enc = create_encoder(arch, state['n_in'], stem=state['stem'], size=tuple(first_images(dls)[0].shape[2:]))
     load_encoder(deepcopy(enc), file)  # refuses what does not fit
     if trained: load_encoder(enc, file)
     _same_normalize(dls, state['normalize'], file)
