@@ -23,6 +23,7 @@
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 - `ressl_fastai.teacher`: The teacher: an exponential moving average of the student that no gradient reaches.
+- `ressl_fastai.transfer`: `learn.to_classifier(labelled_dls)`: a classifier from a few labelled images in seconds, as good as the encoder is.
 - `ressl_fastai.views`: Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
 - `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code and of solo-learn."""
 

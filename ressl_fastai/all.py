@@ -21,5 +21,6 @@ from ressl_fastai.precision import *
 from ressl_fastai.recipes import *
 from ressl_fastai.report import *
 from ressl_fastai.teacher import *
+from ressl_fastai.transfer import *
 from ressl_fastai.views import *
 from ressl_fastai.weights import *
