@@ -110,6 +110,11 @@ def knn_accuracy(
     return correct/len(x)
 
 # %% ../nbs/06_evaluate.ipynb #89047e90
+def _together(xs, device):
+    "All on `device`, if it is a GPU with room for four times as much; else on the CPU"
+    fits = device.type=='cuda' and 4*sum(x.nbytes for x in xs)<=torch.cuda.mem_get_info(device)[0]
+    return [x.to(device if fits else 'cpu') for x in xs]
+
 class KNNAccuracy(Metric):
     "Weighted kNN accuracy of the encoder on the validation set, with the clean training images as bank"
     def __init__(self,
@@ -133,8 +138,8 @@ class KNNAccuracy(Metric):
         self.learn = learn
         if not self._measured: return
         check_classes(learn.yb[0], "the validation set's targets")
-        self.xs.append(_part(get_model(learn.model), self.teacher, self.projected)(*learn.xb).float().cpu())
-        self.ys.append(learn.yb[0].cpu())
+        self.xs.append(_part(get_model(learn.model), self.teacher, self.projected)(*learn.xb).float())
+        self.ys.append(learn.yb[0])
 
     @property
     def _measured(self):
@@ -151,7 +156,7 @@ class KNNAccuracy(Metric):
         if self.learn is None: return None
         if not self._measured: return float('nan')
         bank = embed(self.learn, self._bank_dl(self.learn.dls.train), self.teacher, self.projected)
-        return knn_accuracy(*bank, torch.cat(self.xs), torch.cat(self.ys), self.k, self.temp)
+        return knn_accuracy(*_together([*bank, torch.cat(self.xs), torch.cat(self.ys)], self.xs[0].device), self.k, self.temp)
 
 # %% ../nbs/06_evaluate.ipynb #ba1e8a02
 def fit_logistic(

@@ -15,10 +15,12 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from fastai.vision.core import PILImageBW
-from fastai.vision.utils import verify_image, verify_images
+from fastai.vision.utils import verify_image
 from fastcore.basics import first
 from fastcore.foundation import L
+from fastcore.parallel import parallel
 from PIL import Image
 
 # %% ../nbs/03a_images.ipynb #3a000009
@@ -30,7 +32,8 @@ def readable_images(
 ) -> L: # The paths that can be read, in their order
     "Open every file once, in parallel: for `DataBlock(get_items=...)`, before days of training"
     files = L(files)
-    bad = verify_images(files)
+    good = parallel(verify_image, files, threadpool=torch.cuda.is_initialized())  # a process that has started CUDA must not be forked
+    bad = L(f for f,ok in zip(files, good) if not ok)
     if not bad: return files
     text = f"{len(bad)} of {len(files)} images cannot be read: {_named(bad)}"
     if not skip_bad: raise ValueError(f"{text} (remove them, or leave them out with skip_bad=True)")

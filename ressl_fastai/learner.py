@@ -25,11 +25,11 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import model_sizes
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
-from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, get_model, get_random_states, set_random_states
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fastai.vision.learner import TimmBody, add_head, default_split, model_meta
@@ -45,9 +45,11 @@ from . import __version__, views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
+from .files import check_writable, read_torch, write_torch
 from .images import naming_bad_file
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
+from .optimizer import FusedAdam
 from .precision import DevicePrecision, choose_precision
 from .views import clean_dl
 
@@ -136,6 +138,8 @@ class ReSSLLearner(Learner):
             if 'ressl' in self.__dict__: self.ressl.restore_loss()
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        for cb in L(self.cbs)+L(cbs):
+            if isinstance(cb, SaveModelCallback): check_writable((self.path/self.model_dir/cb.fname).parent)
         with naming_bad_file(self.dls): super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     @delegates(Learner.lr_find)
@@ -184,8 +188,10 @@ def _norm_stats(dls):
     norm = get_normalize(dls)
     return norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std))
 
-def _add_normalize(dls, stats):
-    dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+def _add_normalize(dls, stats, measured=False):
+    norm = Normalize.from_stats(*stats, cuda=False)
+    norm.measured = measured  # on these images: a fit that is continued takes its own along
+    dls.add_tfms([norm], 'after_batch')
     if dls.device is not None: dls.to(dls.device)  # takes the statistics along
 
 def _splitter(body, arch):
@@ -225,7 +231,7 @@ def ressl_learner(
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
-    opt_func=Adam, # Optimizer function
+    opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
     precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto', bfloat16 where it pays; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
@@ -246,9 +252,9 @@ def ressl_learner(
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder)))+L(Guard() if guard else None)+L(cbs)
+    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder, dls.train.bs*size[0]*size[1])))+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
-    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
+    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     return learn
 
 # %% ../nbs/07_learner.ipynb #28b276cd
@@ -300,18 +306,21 @@ def save_encoder(self:Learner,
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem, nf=enc.nf, teacher=teacher,
                  normalize=stats, body=enc[0].state_dict())
     for k,v in state['body'].items(): state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
-    file = _encoder_file(file, self.path/self.model_dir)
-    torch.save(state, aside := file.with_suffix('.part'))
-    return aside.replace(file)  # an older file stays whole until the new one is
+    return write_torch(_encoder_file(file, self.path/self.model_dir), state)
 
 # %% ../nbs/07_learner.ipynb #167aaf33
 def _read_encoder(file):
     file = Path(file)
     if not file.exists(): raise FileNotFoundError(f"no encoder file {file}")
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    try: state = read_torch(file)
     except Exception as e: raise ValueError(f"{file} cannot be read as an encoder file: {e}") from e
     if not isinstance(state, dict) or state.get('format')!='ressl_fastai encoder':
         raise ValueError(f"{file} is not an encoder file: save one with learn.save_encoder(name)")
+    def is_stats(o): return o is None or isinstance(o, (list,tuple)) and [type(v) for v in o]==[list,list]
+    kinds = dict(arch=str, n_in=int, stem=str, body=dict)
+    wrong = [k for k,kind in kinds.items() if not isinstance(state.get(k), kind)]
+    if not is_stats(state.get('normalize', 'missing')): wrong.append('normalize')
+    if wrong: raise ValueError(f"{file} is not a whole encoder file: {wrong[0]} is {state.get(wrong[0], 'missing')!r:.100}")
     return state
 
 def _body_of(model):
@@ -320,13 +329,25 @@ def _body_of(model):
     if isinstance(model, nn.Sequential) and len(model): return model[0]  # `Encoder`, `vision_learner`'s model
     return model
 
+_floats = torch.float16,torch.bfloat16,torch.float32,torch.float64
+
+def _fault(have, want):
+    "What is wrong with the values of a tensor of a file, for a tensor of a model"
+    if not isinstance(have, Tensor): return f"is a {type(have).__name__}, no tensor"
+    if have.layout!=torch.strided: return f"is sparse ({have.layout})"
+    if have.dtype not in (_floats if want.dtype in _floats else (want.dtype,)): return f"is of {have.dtype}, which does not become {want.dtype}"
+    if not have.isfinite().all(): return "holds values that are not finite"
+
 def _check_fit(body, state, file):
-    want,have = ({k:tuple(v.shape) for k,v in o.items()} for o in (body.state_dict(), state['body']))
+    weights = body.state_dict()
+    want,have = ({k:tuple(getattr(v, 'shape', ())) for k,v in o.items()} for o in (weights, state['body']))
     wrong = [k for k in want.keys()|have.keys() if want.get(k)!=have.get(k)]
     if wrong:
         k = min(wrong)
         raise ValueError(f"{file} holds the encoder of {state['arch']} (n_in={state['n_in']}, stem={state['stem']!r}), which does not fit the model: {len(wrong)} of "
                          f"{len(want.keys()|have.keys())} tensors differ, {k} is {want.get(k, 'missing')} in the model and {have.get(k, 'missing')} in the file")
+    for k,v in state['body'].items():
+        if fault := _fault(v, weights[k]): raise ValueError(f"{file} cannot be loaded: {k} {fault}")
 
 def _same_normalize(dls, stats, source):
     "Give `dls` the normalisation of pretraining; refuse another one"
