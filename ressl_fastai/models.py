@@ -109,6 +109,7 @@ def _without_classifier(model, meta, name, n_in, size):
     except StopIteration: body = None
     nm = first(_classifiers, lambda o: hasattr(model, o))
     if body is not None and (meta.get('cut') is not None or _n_convs(body)==_n_convs(model)):
+        if hasattr(model, 'default_cfg'): body.default_cfg = model.default_cfg  # where timm keeps the normalisation of its weights
         if nm is None or _fits(body, model, _images(model, n_in, size)): return body
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     elif nm: setattr(model, nm, nn.Identity())
