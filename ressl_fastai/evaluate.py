@@ -54,8 +54,8 @@ def _part(model, teacher, projected):
 
 def _check_images(dl, learn):
     "Refuse what holds no images, and say where some are"
-    if dl.n==0: raise ValueError(f"{'the validation set' if dl is learn.dls.valid else 'dl'} is empty: give dl, as in "
-        "embed(learn, dl=learn.dls.train), or new images with learn.dls.test_dl(files)")
+    if dl.n==0: raise ValueError(f"{'the validation set' if dl is learn.dls.valid else 'dl'} is empty: give other "
+        "images, such as learn.dls.train, or new ones with learn.dls.test_dl(files)")
 
 def embed(
     learn:Learner, # A `ressl_learner`, or what `load_learner` makes of its export

@@ -25,7 +25,7 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import model_sizes
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
@@ -126,7 +126,8 @@ class ReSSLLearner(Learner):
     def dls(self): return self.__dict__['_dls']
     @dls.setter
     def dls(self, dls):
-        if len(dls.loaders)==1: dls.loaders.append(dls.train.new([], shuffle=False, drop_last=False))  # fastai validates on the second
+        if len(dls.loaders)==1:  # fastai validates on the second
+            dls.loaders.append(dls.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
         if '_dls' in self.__dict__:
             _same_normalize(dls, _norm_stats(self.dls), 'the model')
             if 'ressl' in self.__dict__ and self.dls.train.n and dls.train.n: _follow(self, dls)
@@ -142,6 +143,7 @@ class ReSSLLearner(Learner):
             if 'ressl' in self.__dict__: self.ressl.restore_loss()
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        _check_trackers(self, L(self.cbs)+L(cbs))
         for cb in L(self.cbs)+L(cbs):
             if isinstance(cb, SaveModelCallback): check_writable((self.path/self.model_dir/cb.fname).parent)
         with naming_bad_file(self.dls): super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
@@ -193,9 +195,19 @@ def _check_views(model, x, bs, **tfms):
             try:
                 with no_random(), torch.no_grad(): functional_call(net, buffers, x.new_zeros(min(bs, 2), c, h, w).as_subclass(Tensor).to(p))
             except Exception as e:
-                way = (f"give them the size of the images, {size[0]} x {size[1]} (multi_crop_tfms with sides=(1,)), or take an architecture for any "
-                    "size (a transformer of timm: partial(timm.create_model, name, dynamic_img_size=True))") if bs>1 else "take a bs of at least 2, or projector_bn=False"
-                raise ValueError(f"{nm} makes views of {h} x {w} pixels, which {model.encoder.arch} cannot be trained with, {min(bs, 2)} in a batch: {way} ({e})") from e
+                if bs==1: raise ValueError(f"bs must be at least 2 for {model.encoder.arch} with batch norm, got 1 ({e})") from e
+                raise ValueError(f"{nm} makes views of {h} x {w} pixels, which {model.encoder.arch} cannot be trained with ({e}): give them the size of the images, "
+                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)), or take an architecture for any size (of timm's transformers "
+                    "partial(timm.create_model, name, dynamic_img_size=True))") from e
+
+def _check_trackers(learn, cbs):
+    "fastai's callbacks that watch a value of the progress table count an epoch without one as no better, or end in an error"
+    for cb in cbs.filter(lambda o: isinstance(o, TrackerCallback) and o.monitor!='train_loss' and not getattr(o, 'every_epoch', False)):
+        what = f"{type(cb).__name__} watches {cb.monitor}, which"
+        if learn.dls.valid.n==0: raise ValueError(f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
+        every = max([getattr(m, 'every', 1) for m in learn.metrics if m.name==cb.monitor], default=1)
+        if getattr(cb, 'patience', every)<every: raise ValueError(
+            f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between two values, got {cb.patience}")
 
 def _follow(learn, dls):
     "`RandomView`s grow with the images of `dls`; what the model cannot be trained with is refused"
