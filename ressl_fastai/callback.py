@@ -125,8 +125,9 @@ class ReSSL(Callback):
         "Train on images without other augmentation; fill an empty queue with teacher embeddings of real images"
         if self.train_dl is None:
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
+            n = getattr(dl, 'partial_n', None) or dl.n  # fastai's `PartialDL` draws so many
             # a last batch of one image has no variance for batch norm
-            self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last or dl.n%dl.bs==1)
+            self.train_dl = clean_dl(dl, normalize=False, sampled=True, drop_last=dl.drop_last or n%dl.bs==1)
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()
