@@ -164,7 +164,7 @@ class OpenImage(Transform):
     ):
         self.cls,self.tfm = _opens(tfm),tfm
         super().__init__(order=tfm.order)
-        self.input_types = tfm.input_types
+        if hasattr(tfm, 'input_types'): self.input_types = tfm.input_types  # by which `predict` knows where an item enters
 
     @property
     def name(self): return f'OpenImage of {self.cls.__name__}'
