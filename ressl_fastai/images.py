@@ -162,9 +162,9 @@ class OpenImage(Transform):
     def __init__(self,
         tfm:Transform # fastai's, made of `cls.create`
     ):
+        super().__init__()
+        self.__dict__.update({k:v for k,v in vars(tfm).items() if k!='encodes'})  # what fastai looks at: order, input_types, the loss_func of masks
         self.cls,self.tfm = _opens(tfm),tfm
-        super().__init__(order=tfm.order)
-        if hasattr(tfm, 'input_types'): self.input_types = tfm.input_types  # by which `predict` knows where an item enters
 
     @property
     def name(self): return f'OpenImage of {self.cls.__name__}'

@@ -318,7 +318,7 @@ def _keys(items, labelled):
 
 def _rows(items, table):
     "The rows of `table` by the column that tells the items apart, or by their positions if `suggest_labels` made it"
-    if 'index' in table: return table['index'].tolist()
+    if {'index','typicality'} <= set(table): return table['index'].tolist()
     column = next((c for c in table if c in items and items[c].is_unique), None) if hasattr(items, 'iloc') else 'path' if 'path' in table else None
     if column is None: raise ValueError(f"labelled must have a column that tells the images of dl apart, it has {', '.join(map(str, table))}")
     return table[column].tolist()
