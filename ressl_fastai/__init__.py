@@ -12,7 +12,7 @@
 - `ressl_fastai.files`: One way to write files, one way to read them back, and a lock for folders: nothing that was finished is lost.
 - `ressl_fastai.fingerprint`: What a training's data are, in a few short texts: the same in every process, and able to say what differs.
 - `ressl_fastai.health`: Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
-- `ressl_fastai.images`: Files as they are found: unreadable ones named or left out, 16-bit pixels not cut off.
+- `ressl_fastai.images`: One opener for all images: as viewers show them, with the file named in every error, and no bit cut off in silence.
 - `ressl_fastai.interpret`: See what the encoder has learned, and use it: relations, neighbours, maps, duplicates, outliers, and which images to label first.
 - `ressl_fastai.label_efficiency`: How many labels does pretraining save? Accuracy by number of labelled images, with the baselines it must beat.
 - `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone, and hands the encoder over.

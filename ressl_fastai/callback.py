@@ -153,8 +153,9 @@ class ReSSL(Callback):
         if self.train_dl is None:
             self._say_what_begins_again()
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
+            n = getattr(dl, 'partial_n', None) or dl.n  # fastai's `PartialDL` draws so many
             # a last batch of one image has no variance for batch norm
-            self.train_dl = clean_dl(dl, normalize=False, shuffle=dl.shuffle, drop_last=dl.drop_last or dl.n%dl.bs==1)
+            self.train_dl = clean_dl(dl, normalize=False, sampled=True, drop_last=dl.drop_last or n%dl.bs==1)
             if self._on_gpu(self.net.queue.feats) and num_distrib()<2 and getattr(dl, 'images', None) is None: _send_without_waiting(self.train_dl)
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl

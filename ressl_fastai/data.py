@@ -35,7 +35,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from .images import channels_last
 from .views import _send, clean_dl
+
 
 # %% ../nbs/10_data.ipynb #a0d10002
 def _items(dataset): return getattr(dataset, 'items', None)
@@ -107,9 +109,9 @@ def _as_images(x):
     x = torch.as_tensor(x)
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4 or not len(x): raise ValueError(f"x must hold images, (n, h, w), (n, h, w, c) or (n, c, h, w), got shape {tuple(x.shape)}")
-    first,last = x.shape[1],x.shape[3]
-    if first==last: raise ValueError(f"the channels of x must be fewer than rows or columns, got shape {tuple(x.shape)}: add or move an axis")
-    x = x if first<last else x.permute(0,3,1,2)
+    last = channels_last(x.shape)
+    if last is None: raise ValueError(f"the channels of x must differ in number from rows and columns, got shape {tuple(x.shape)}: add or move an axis")
+    if last: x = x.permute(0,3,1,2)
     if x.dtype!=torch.uint8 and not (x.is_floating_point() and x.min()>=0 and x.max()<=1):
         raise ValueError(f"x must be uint8 or floats in [0, 1], got {x.dtype} from {x.min().item():.3g} to {x.max().item():.3g}")
     return x

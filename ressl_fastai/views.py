@@ -32,6 +32,8 @@ from fastai.torch_basics import Pipeline, show_image, subplots
 from fastcore.basics import listify, store_attr
 from torch import Tensor
 
+from .images import with_opener
+
 # %% ../nbs/03_views.ipynb #43adad5c
 def crop_boxes(
     bs:int, # Number of boxes
@@ -342,17 +344,30 @@ def show_views(
     fig.tight_layout(pad=0.3)
 
 # %% ../nbs/03_views.ipynb #96fb8ef7
+def _as_validation(tl):
+    "The list with the transforms of validation, and the package's opener"
+    tl = tl._new(tl.items, split_idx=1)
+    tl.tfms.fs = with_opener(tl.tfms.fs)
+    return tl
+
 def clean_dl(
     dl:DataLoader, # Any fastai `DataLoader`, for training or validation
     normalize:bool=True, # False leaves `Normalize` out, so that images stay in [0, 1]
+    sampled:bool=False, # Draw images as `dl` does (shuffled, weighted, some of them) instead of all in order
     **kwargs # Passed on to `DataLoader.new`: shuffle, drop_last, bs, ...
-) -> DataLoader: # The same items without random transforms; in order and complete unless `kwargs` say otherwise
+) -> DataLoader: # The same items without random transforms, opened by `open_image`
     "The images of `dl` as validation sees them"
-    ds,kwargs = dl.dataset,{'shuffle':False, 'drop_last':False, **kwargs}
-    if isinstance(ds, Datasets): ds = Datasets(tls=[tl._new(tl.items, split_idx=1) for tl in ds.tls], n_inp=ds.n_inp)
-    elif isinstance(ds, TfmdLists): ds = ds._new(ds.items, split_idx=1)
+    ds = dl.dataset
+    if isinstance(ds, Datasets): ds = Datasets(tls=[_as_validation(tl) for tl in ds.tls], n_inp=ds.n_inp)
+    elif isinstance(ds, TfmdLists): ds = _as_validation(ds)
+    how = dict(shuffle=dl.shuffle, drop_last=dl.drop_last, persistent_workers=dl.fake_l.persistent_workers) if sampled else dict(shuffle=False, drop_last=False)
     if isinstance(dl, TfmdDL):
         for nm in ('after_item','before_batch','after_batch'):
-            fs = [f for f in getattr(dl, nm).fs if normalize or not isinstance(f, Normalize)]
-            kwargs[nm] = Pipeline(fs)
-    return dl.new(dataset=ds, **kwargs)
+            fs = with_opener(getattr(dl, nm).fs).filter(lambda f: normalize or not isinstance(f, Normalize))
+            how[nm] = Pipeline(fs)
+    in_order = next(c for c in type(dl).__mro__ if c.get_idxs is DataLoader.get_idxs)
+    res = dl.new(dataset=ds, cls=in_order, **{**how, 'n':dl.n, **kwargs})
+    if sampled:  # with what a class of its own knows, such as weights: `new` forgets it
+        res.__class__ = type(dl)
+        res.__dict__ = {**vars(dl), **vars(res)}
+    return res
