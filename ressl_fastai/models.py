@@ -102,6 +102,8 @@ def _only_features(model):
 
 _classifiers = ('fc','classifier','heads','head')
 
+def _of_library(o): return getattr(o, '__module__', '').startswith(('torchvision.models.','timm.models.','fastai.vision.models.'))
+
 def _without_classifier(model, meta, name, n_in, size):
     "As fastai cuts it, or whole"
     keep_forward = _only_features(model)  # their pretrained weights come with another normalisation inside
@@ -113,12 +115,12 @@ def _without_classifier(model, meta, name, n_in, size):
         if nm is None or _fits(body, model, _images(model, n_in, size)): return body
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     elif nm: setattr(model, nm, nn.Identity())
-    else: raise ValueError(f"cannot tell where the features of {name} end: pass an nn.Module that returns features")
-    return model
+    elif _of_library(type(model)): raise ValueError(f"cannot tell where the features of {name} end: pass an nn.Module that returns features")
+    return model  # a function's that makes a network of the user's own: as it is
 
 def _ends_in_classifier(model):
     "Whether a network of torchvision, timm or fastai is whole"
-    if not type(model).__module__.startswith(('torchvision.models.','timm.models.','fastai.vision.models.')): return False
+    if not _of_library(type(model)): return False
     if hasattr(model, 'reset_classifier'): return getattr(model, 'num_classes', 0)>0
     last = getattr(model, first(_classifiers, lambda o: hasattr(model, o)) or '', None) or [*model.children()][-1]
     ends = [o for o in last.modules() if isinstance(o, nn.Identity) or next(o.parameters(recurse=False), None) is not None]
@@ -264,11 +266,11 @@ def create_encoder(
     body,module = _body(arch, n_in, pretrained, _sides(size)),isinstance(arch, nn.Module)
     if stem!='auto' or module or pretrained: enc = make(stem)
     else:
-        try: return make(_auto_stem(body, size))
+        try: enc = make(_auto_stem(body, size))
         except ValueError:  # as in RepVGG, where another convolution beside the first keeps its stride
             body = _body(arch, n_in, pretrained, _sides(size))
-            return make('standard')
-    if module: _warn_of_classifier(enc, _sides(size))
+            enc = make('standard')
+    if not isinstance(arch, str) and not _of_library(type(arch) if module else getattr(arch, 'func', arch)): _warn_of_classifier(enc, _sides(size))
     return enc
 
 def _auto_stem(body, size):
