@@ -372,11 +372,13 @@ def trained(device, steps, dtype, graphed=False, **kwargs):
     class Cast(Callback):
         order = ReSSL.order+0.1
         def before_batch(self): self.learn.xb,self.ressl.x_teacher = tuple(o.to(dtype) for o in self.xb),self.ressl.x_teacher.to(dtype)
+    class CastLoss(Callback):
+        order = ReSSL.order-0.1  # before the loss is on its way to the recorder
         def after_loss(self): self.learn.loss = self.learn.loss.float()
     torch.manual_seed(0); np.random.seed(0)
     bs = 64 if not TINY else 8
     dls = tensor_dls(photos(bs*steps, 32 if not TINY else 8), valid_pct=0, bs=bs, device=device, shuffle=False)
-    cbs = [Cast()]+([graph()] if graphed and device==DEV else [])
+    cbs = [Cast(),CastLoss()]+([graph()] if graphed and device==DEV else [])
     learn = ressl_learner(dls, partial(small_resnet, widen=0.25), metrics=[], precision='float32', channels_last=False, queue_size=bs, cbs=cbs, **kwargs)
     learn.model.queue.enqueue(F.normalize(torch.randn(bs, 128), dim=1))
     learn.model.to(dtype)
@@ -532,8 +534,8 @@ def run_cli(say):
 def run_tests(say):
     "tests/test_cuda.py, and on the CPU beside the GPU a part of the gate"
     def pytest(*args):
-        res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rs', *args], cwd=root, capture_output=True, text=True, timeout=90)
-        return dict(code=res.returncode, end=res.stdout[-1500:])
+        res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rsf', '--disable-warnings', *args], cwd=root, capture_output=True, text=True, timeout=90)
+        return dict(code=res.returncode, end=res.stdout[-6000:])
     attempt(say, lambda: pytest('tests/test_cuda.py'), what='test_cuda.py')
     if not TINY: attempt(say, lambda: pytest('tests/test_devices.py', 'tests/test_optimizer.py', 'tests/test_step_cost.py'), what='beside a GPU')
 

@@ -83,15 +83,15 @@ class InfoNCEWarmup:
 def _value(o, progress): return o(progress) if callable(o) else o
 
 class _Send(Transform):
-    "A batch in pinned memory on its way to a GPU"
+    "A batch on its way to a GPU, from pinned memory"
     order = -1000
     def __init__(self, device): self.device = device
-    def encodes(self, x:Tensor): return x.to(self.device, non_blocking=True)
+    # pinned here and not by the loader: its thread would hold pinned memory when workers are forked, which end when they free it
+    def encodes(self, x:Tensor): return (x.pin_memory() if self.device.type=='cuda' else x).to(self.device, non_blocking=True)
 
 def _send_without_waiting(dl):
     "Changes `dl`, which would wait, at each batch, until the GPU has nothing more to do"
     if dl.device is None or not hasattr(dl.after_batch, 'fs'): return
-    dl.pin_memory = dl.fake_l.pin_memory = True
     dl.after_batch = Pipeline([_Send(dl.device), *dl.after_batch.fs])
     dl._device = None  # not by its setter, which would move the transforms
 
