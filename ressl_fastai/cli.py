@@ -40,9 +40,10 @@ from fastcore.script import CliError, call_parse
 
 from . import __version__
 from .callback import InfoNCEWarmup
-from .checkpoint import Checkpoint, hold
+from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls
 from .evaluate import KNNAccuracy, embed, knn_accuracy
+from .files import check_writable, hold, make_folder, to_disk, write_text, writing
 from .health import HealthMonitor
 from .images import PILImage16, look_at_files, readable_images, set_opener
 from .label_efficiency import pixel_features
@@ -93,12 +94,25 @@ def _walk(path):
         folders = [o for o in inside if o.is_dir()]
         todo = [o for o in folders if not o.is_symlink()] + todo + [o for o in folders if o.is_symlink()]
 
+def _config_in(folder):
+    "What a run of one of our commands says of itself in its folder of results, None if `folder` is none"
+    try: there = json.loads((folder/'config.json').read_text())
+    except (OSError,ValueError): return None
+    return there if isinstance(there, dict) and str(there.get('command')).startswith('ressl_') else None
+
+def _in_results(folder, path):
+    "Whether `folder`, or one between `path` and it, holds the results of a run"
+    below = folder.relative_to(path).parts
+    return any(_config_in(path.joinpath(*below[:i+1])) for i in range(len(below)))
+
 def find_images(
     path:Path, # Folder that is searched with all its sub-folders
     skip_bad:bool=False # Leave out files that cannot be read instead of refusing
 ) -> L: # Paths of images, each of which was read once
-    "The images in `path` with one of `image_suffixes`; those that are left out are named on standard error"
+    "The images in `path` with one of `image_suffixes`, without the pictures in results of earlier runs; those that are left out are named on standard error"
     files = L(_walk(Path(path))).sorted()
+    results = {o for o in {f.parent for f in files} if _in_results(o, path)}
+    files = files.filter(lambda f: f.parent not in results)
     other = Counter(f.suffix.lower() or f.name for f in files if f.suffix.lower() not in image_suffixes)
     files = files.filter(lambda f: f.suffix.lower() in image_suffixes)
     if not files: raise ValueError(f"no images in {path}")
@@ -177,16 +191,24 @@ def new_folder(
     for i in range(1, 10_000):
         path = out if i==1 else out.with_name(f'{out.name}-{i}')
         if path.is_file(): continue
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         if not any(path.iterdir()) or (config and _interrupted(path, config)): return path
 
 # %% ../nbs/12_cli.ipynb #5e110002
 def _wished(out, data):
     "Where the results should go, before it is known what is there"
-    if out is None: return Path(f"ressl-{Path(data).expanduser().resolve().name or 'images'}")
+    if out is None: out = f"ressl-{Path(data).expanduser().resolve().name or 'images'}"
     if not out.strip(): raise ValueError("out must be the name of a folder, it is an empty text")
     out = Path(out).expanduser()
-    return out.resolve() if out.name in ('','..') else out
+    if out.name in ('','..'): out = out.resolve()
+    with _naming_out(out): check_writable(out)
+    return out
+
+@contextmanager
+def _naming_out(out):
+    "With the name of the argument in errors"
+    try: yield
+    except OSError as e: raise ValueError(f"out must be a folder that can be made and written to, {out} is not: {e.strerror or e}") from e
 
 def _is_at(folder, config):
     "Whether another process is at the run of `config` in `folder`"
@@ -203,8 +225,7 @@ def _is_at(folder, config):
 
 def _folder(out, config=None):
     "As `new_folder`, with the name of the argument in errors"
-    try: return new_folder(out, config)
-    except OSError as e: raise ValueError(f"out must be a folder that can be made, {out} cannot: {e.strerror or e}") from e
+    with _naming_out(out): return new_folder(out, config)
 
 def _claim(out, config):
     "A folder for the run of `config`, and the lock that keeps other processes off until the run has ended"
@@ -280,7 +301,9 @@ def _save_curves(history, path):
     for c in ('train_loss','valid_loss'): axs[0,0].plot(history.epoch+1, history[c], label=c)
     for ax,c in zip(axs[0,1:], cols): ax.plot(history.epoch+1, history[c], label=c)
     for ax in axs[0]: ax.set_xlabel('epoch'); ax.legend()
-    fig.tight_layout(); fig.savefig(path); plt.close(fig)
+    fig.tight_layout()
+    with writing(path) as f: fig.savefig(f, format='png')
+    plt.close(fig)
 
 # %% ../nbs/12_cli.ipynb #376f2de0
 @call_parse
@@ -371,23 +394,30 @@ def _from_recipe(name, data, how, pretrained, **given):
 # %% ../nbs/12_cli.ipynb #b503f8ad
 def _print_row(log): print(' '.join(f'{o:12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
 
-def _write_json(path, o):
-    "As a whole or not at all"
-    (aside := path.with_suffix('.part')).write_text(json.dumps(o, indent=2))
-    aside.replace(path)
+def _write_json(path, o): write_text(path, json.dumps(o, indent=2))
+
+def _delete_checkpoint(kept):
+    "From one moment to the next the run is at its end, however long it takes to delete the files; they may also stay"
+    with suppress(OSError): shutil.rmtree(kept.rename(kept.with_name('checkpoint.old')))
+
+def _command(*words, **args):
+    "What to type into the shell"
+    flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
+    return shlex.join([*map(str, words), *flags])
 
 def _config(learn, data, args):
     "What a run is, for `config.json`"
-    flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
-    return dict(command=shlex.join(['ressl_pretrain', data, *flags]), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=versions())
+    return dict(command=_command('ressl_pretrain', data, **args), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=versions())
 
 def _run(learn, fit, out, config, lock=None, report=True):
     "Train `learn`, or go on with it, and write everything to `out`"
     learn.path,learn.model_dir,kept = out,Path('.'),out/'checkpoint'
-    kept.mkdir(exist_ok=True)  # as long as it is there, the run is not at its end
+    make_folder(kept)  # as long as it is there, the run is not at its end
     _write_json(out/'config.json', config)
     plt.switch_backend('agg')
-    learn.show_views(); plt.savefig(out/'views.png'); plt.close()
+    learn.show_views()
+    with writing(out/'views.png') as f: plt.savefig(f, format='png')
+    plt.close()
     labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
     if labelled: config['knn_accuracy'] = {'raw pixels':_knn(pixel_features, learn.dls), 'random encoder':_knn(partial(embed, learn), learn.dls)}
     print(f"{learn.dls.train.n} images for training, {learn.dls.valid.n} held out; {config['arch']} at {config['size']} pixels; results in {out}/")
@@ -408,5 +438,7 @@ def _run(learn, fit, out, config, lock=None, report=True):
         _write_json(out/'config.json', config)
     print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}", flush=True)
     if report: print(f"report:   {learn.report(command=config['command'])}")
+    to_disk(out/'history.csv')
     if lock: lock.close()
-    shutil.rmtree(kept)
+    _delete_checkpoint(kept)  # everything else is on the disk now
+
