@@ -28,7 +28,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fasttransform import Pipeline, compose_tfms
+from fasttransform import Pipeline, Transform, compose_tfms
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -125,10 +125,14 @@ class _Rows:
 
 def _to_image(x): return x if isinstance(x, TensorImage) else TensorImage(x)
 
+class _ToFloat32(Transform):
+    "What networks compute in, whatever the array holds"
+    def encodes(self, x:TensorImage): return x.float()
+
 def _image_block(x):
     "How single images of `x` become fastai's, and where they come from: PIL images where PIL can, tensors otherwise"
     if x.dtype!=torch.uint8 or x.shape[1] not in (1,3):
-        return TransformBlock(type_tfms=_to_image, batch_tfms=IntToFloatTensor if x.dtype==torch.uint8 else None),x
+        return TransformBlock(type_tfms=_to_image, batch_tfms={torch.uint8:IntToFloatTensor, torch.float32:None}.get(x.dtype, _ToFloat32)),x
     if x.shape[1]==1: return ImageBlock(PILImageBW),x[:,0].numpy()
     return ImageBlock(PILImage),x.permute(0,2,3,1).numpy()
 

@@ -79,7 +79,8 @@ def _features(
 ) -> tuple: # `dl`, features (n, nf), classes (n,) or None without one class per image
     dl,model = ifnone(dl, learn.dls.train),get_model(learn.model)
     if not hasattr(model, 'encoder'): raise ValueError(f"learn must have a model with an encoder, as ressl_learner makes, its model is a {type(model).__name__}")
-    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable")
+    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable: of a learner that was exported, "
+        "or without training images, give dl=learn.dls.test_dl(files)")
     x,y = embed(learn, dl, teacher) if features is None else features
     if len(x)!=dl.n: raise ValueError(f"features must be those of dl's {dl.n} images, got {len(x)}: use embed(learn, dl)")
     return dl,x.as_subclass(Tensor),_classes(y)
@@ -173,9 +174,7 @@ def _as_saved(learn, file):
 
 def _embeddings(learn, dl, teacher):
     "(n, dim) embeddings of clean images as the loss compares them"
-    model = get_model(learn.model)
-    head = model.teacher[1:] if teacher else nn.Sequential(model.projector, model.predictor, model.norm)
-    return deepcopy(head).cpu().eval()(embed(learn, dl, teacher)[0].as_subclass(Tensor))
+    return embed(learn, dl, teacher, projected=True)[0].as_subclass(Tensor)
 
 def _to_others(z, bank, idx, temp):
     others = torch.arange(len(bank))!=idx
@@ -216,6 +215,8 @@ def show_relations(self:Learner,
 def _project(x, method, seed):
     "(n, 2) coordinates"
     x = F.normalize(x, dim=1).numpy()
+    if np.ptp(x, 0).max()<1e-6: raise ValueError(  # scikit-learn's t-SNE would end the process
+        f"the {len(x)} images must differ, all have the same features: the images are the same, or the encoder has collapsed")
     if method=='pca': return PCA(2, random_state=seed).fit_transform(x)
     if method=='tsne': return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
     if method!='umap': raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")

@@ -258,8 +258,9 @@ def _measured(learn, dl):
 def _health(learn, seen):
     if not len(get_model(learn.model).queue.filled): raise ValueError("nothing was trained yet, the queue is empty")
     history = first(o.history for o in learn.cbs if isinstance(o, HealthMonitor) and o.history)
-    now = history[-1] if history else _measured(learn, seen.valid)
-    return dict(text="Measures that need no labels, on clean validation images at the end.",
+    dl,which = (seen.valid,'validation') if seen.valid.n else (seen.dl,'training')
+    now = history[-1] if history else _measured(learn, dl)
+    return dict(text=f"Measures that need no labels, on clean {which} images at the end.",
                 rows=[(nm, f'{v:.4g}', _meaning[nm]) for nm,v in now.items()],
                 figures=[_figure(_lines, nm, nm, **{nm:[o[nm] for o in history]}) for nm in HealthMonitor.names] if history else [],
                 facts=[(nm.replace('_', ' '), f'{now[nm]:.3g}') for nm in ('feature_std','effective_rank')])
@@ -267,6 +268,7 @@ def _health(learn, seen):
 # %% ../nbs/11b_report.ipynb #rp24acc
 def _accuracy(learn, seen):
     if seen.y is None: raise ValueError("the images have no labels, or not one each")
+    if not seen.valid.n: raise ValueError("there are no validation images")
     y = embed(learn, seen.valid)[1]
     pairs = {'raw pixels': [pixel_features(o)[0] for o in (seen.dl, seen.valid)], 'student': (seen.features[0], embed(learn, seen.valid)[0]),
              'teacher': [embed(learn, o, teacher=True)[0] for o in (seen.dl, seen.valid)]}
@@ -279,6 +281,7 @@ def _accuracy(learn, seen):
 
 def _few_labels(learn, seen):
     if seen.y is None: raise ValueError("the images have no labels, or not one each")
+    if not seen.valid.n: raise ValueError("there are no validation images")
     dls,least = DataLoaders(seen.dl, seen.valid),seen.y.unique(return_counts=True)[1].min()
     df = label_efficiency(learn, dls, [o for o in (1,5,25) if o<=least], rows=('frozen features','raw pixels'))
     return dict(figures=[_figure(plot_labels, 'accuracy by labels per class', df)],
