@@ -120,21 +120,21 @@ def find_images(
     with _saying_warnings(): return readable_images(files, skip_bad)
 
 # %% ../nbs/12_cli.ipynb #406b37b1
-_parts = dict(train='train training trn', valid='valid validation val dev eval', test='test testing tst')
+_parts = dict(train='train training trn', valid='valid validation val dev eval holdout', test='test testing tst')
 _parts = {nm:part for part,nms in _parts.items() for nm in nms.split()}
+_ignored = 'set data dataset images image imgs img split'.split()
 
-def _part(folder):
-    "'train', 'valid' or 'test' if the name of a folder says so, also with words beside it as in train_set, train2017 and images-test"
-    words = [o for o in re.findall('[a-z]+', folder.lower()) if o not in ('set','data','dataset','images','image','imgs','img','split')]
-    return _parts.get(words[0].removesuffix('set')) if len(words)==1 else None
-
-def _split(folders):
-    "How the folders (above each image) divide the images: the level of folders that does, None without one, and the part that is held out"
+def _split(
+    folders # The names of the folders above each image
+) -> tuple: # The level of folders that divides the images, None without one; which part, 'train', 'valid' or 'test', each name there is; what is held out
+    "A name says its part also with words beside it, as train_set, train2017 and images-test, or with words that all have, as seg_train and seg_test"
     for level in range(max(map(len, folders), default=0)):
-        there = {_part(o[level]) for o in folders if len(o)>level}
-        held_out = 'valid' if 'valid' in there else 'test'
-        if {'train',held_out} <= there: return level,held_out
-    return None,None
+        words = {nm:set(re.findall('[a-z]+', nm.lower())) for nm in {o[level] for o in folders if len(o)>level}}
+        shared = set.intersection(*words.values()).union(_ignored) if len(words)>1 else set()
+        part = {nm:_parts.get(''.join(o-shared).removesuffix('set')) for nm,o in words.items()}
+        held_out = 'valid' if 'valid' in part.values() else 'test'
+        if {'train',held_out} <= set(part.values()): return level,part,held_out
+    return None,{},None
 
 def _grandparent_label(f): return f.parent.parent.name
 
@@ -153,8 +153,8 @@ def folder_dls(
     files = find_images(path, skip_bad)
     top = Path(os.path.commonpath([f.parent for f in files]))
     folders = {f:f.relative_to(top).parts[:-1] for f in files}
-    level,held_out = _split(folders.values())
-    part = {f:None if level is None or len(o)<=level else _part(o[level]) for f,o in folders.items()}
+    level,parts,held_out = _split(folders.values())
+    part = {f:parts.get(o[level]) if held_out and len(o)>level else None for f,o in folders.items()}
     if held_out:
         unused = Counter('/'.join(folders[f][:level+1]) for f in files if part[f] not in ('train',held_out))
         files = files.filter(lambda f: part[f] in ('train',held_out))
