@@ -33,8 +33,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from .views import clean_dl
+from .images import channels_last
+from .views import _send, clean_dl
+
 
 # %% ../nbs/10_data.ipynb #a0d10002
 def _items(dataset): return getattr(dataset, 'items', None)
@@ -44,12 +47,13 @@ class TensorDL(TfmdDL):
     def __init__(self,
         dataset, # fastai `Datasets`
         bs:int=64, # Images in a batch
-        images:Tensor=None, # (n, c, h, w) images as `after_item` leaves them, of this dataset and maybe others; None makes an ordinary `TfmdDL`
+        images:Tensor=None, # (n, c, h, w) images as `after_item` leaves them, of this dataset and maybe others, on the CPU or on the loader's device; None makes an ordinary `TfmdDL`
         rows:Tensor=None, # (len(dataset),) which row of `images` each item is
         targets:tuple=(), # Encoded targets, each (len(dataset), ...)
         **kwargs # Passed on to `TfmdDL`
     ):
         self.images,self.rows,self.targets = images,rows,targets
+        if images is not None and images.device.type!='cpu': kwargs['num_workers'] = 0  # other processes have no part in a GPU's memory
         super().__init__(dataset, bs=bs, **kwargs)
 
     def new(self,
@@ -63,10 +67,34 @@ class TensorDL(TfmdDL):
 
     def create_batches(self,
         samps # Numbers of items
-    ): # Batches
+    ): # Batches, already on the loader's device unless another process makes them
         if self.images is None or self.prebatched: yield from super().create_batches(samps)
         else:
-            for idxs in map(torch.tensor, self.chunkify(samps)): yield (self.images[self.rows[idxs]],*(t[idxs] for t in self.targets))
+            for idxs in map(torch.tensor, self.chunkify(samps)): yield self._batch(self.rows[idxs], [t[idxs] for t in self.targets])
+
+    def _batch(self, rows, targets):
+        kept = self.images.device
+        device = kept if kept.type!='cpu' else self.device or kept
+        if device.type=='cpu' or get_worker_info() is not None: return self.images[rows],*targets
+        there,*targets = _send([rows, *targets], device)
+        return self.images[there] if kept.type!='cpu' else _fetch(self.images, rows, device),*targets
+
+    def __repr__(self):
+        if self.images is None: return super().__repr__()
+        shape = 'x'.join(map(str, self.images.shape[1:]))
+        return f"{type(self).__name__}({self.n} images of {shape}, {str(self.images.dtype).removeprefix('torch.')}, kept on {self.images.device}; bs={self.bs})"
+
+def _fetch(images, rows, device):
+    "A batch of `images` on its way to a device: a GPU fetches it from pinned memory when it comes to it"
+    batch = torch.empty(len(rows), *images.shape[1:], dtype=images.dtype, pin_memory=device.type=='cuda')
+    torch.index_select(images.as_subclass(Tensor), 0, rows, out=batch)
+    return batch.to(device, non_blocking=True).as_subclass(type(images))
+
+def _free(device): return torch.cuda.mem_get_info(device)[0] if device.type=='cuda' else 0
+
+def _nearest(images, device):
+    "`images` on a GPU that has four times as much memory free, else where they are"
+    return images.to(device) if device is not None and images.nbytes*4<=_free(device) else images
 
 def _targets(ds):
     "All targets of a dataset, encoded and stacked"
@@ -81,9 +109,9 @@ def _as_images(x):
     x = torch.as_tensor(x)
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4 or not len(x): raise ValueError(f"x must hold images, (n, h, w), (n, h, w, c) or (n, c, h, w), got shape {tuple(x.shape)}")
-    first,last = x.shape[1],x.shape[3]
-    if first==last: raise ValueError(f"the channels of x must be fewer than rows or columns, got shape {tuple(x.shape)}: add or move an axis")
-    x = x if first<last else x.permute(0,3,1,2)
+    last = channels_last(x.shape)
+    if last is None: raise ValueError(f"the channels of x must differ in number from rows and columns, got shape {tuple(x.shape)}: add or move an axis")
+    if last: x = x.permute(0,3,1,2)
     if x.dtype!=torch.uint8 and not (x.is_floating_point() and x.min()>=0 and x.max()<=1):
         raise ValueError(f"x must be uint8 or floats in [0, 1], got {x.dtype} from {x.min().item():.3g} to {x.max().item():.3g}")
     return x
@@ -125,6 +153,7 @@ def tensor_dls(
     splitter = RandomSplitter(valid_pct, seed) if valid_idx is None else IndexSplitter(valid_idx)
     block = DataBlock(blocks, dl_type=TensorDL, get_x=_Rows(source), get_y=get_y, batch_tfms=batch_tfms, splitter=splitter)
     dls = block.dataloaders(range(len(x)), bs=bs, **{'num_workers':0, **kwargs})
+    if not kwargs.get('num_workers'): x = _nearest(x, dls.device)
     for dl in dls.loaders:
         if not len(dl.dataset): continue
         dl.rows,dl.targets = torch.tensor(list(dl.items)),_targets(dl.dataset)
@@ -185,6 +214,7 @@ def cached_dls(
 ) -> DataLoaders: # The same items, labels and batch transforms; no image is opened any more
     "Decode every image once"
     images = torch.from_numpy(_decode(dls, None, num_workers) if folder is None else _cached(dls, Path(folder), num_workers))
+    images = _nearest(images, dls.device)
     starts = np.cumsum([0]+[len(dl.dataset) for dl in dls])
     def cached(dl, start):
         if not len(dl.dataset): return dl.new(cls=TensorDL)

@@ -17,7 +17,7 @@ __all__ = ['make_folder', 'disk_errors', 'replacing', 'writing', 'write_text', '
            'check_writable']
 
 # %% ../nbs/00a_files.ipynb #0a000004
-import hashlib, os, tempfile, warnings, zipfile
+import hashlib, os, re, tempfile, warnings, zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from errno import EACCES, EAGAIN, EIO
 from pathlib import Path
@@ -171,7 +171,11 @@ def read_torch(
     with open(file, 'rb') as f:
         _check(f)
         f.seek(0)
-        return torch.load(f, map_location='cpu', weights_only=True)
+        try: return torch.load(f, map_location='cpu', weights_only=True)
+        except OSError: raise
+        except Exception as e:  # PyTorch's words advise to load it in a way that runs code
+            code = re.search(r'GLOBAL (\S+)', str(e))
+            raise ValueError(f"it holds GLOBAL {code[1]}, and objects beside tensors are not loaded" if code else "it is damaged, or no file of PyTorch's") from e
 
 # %% ../nbs/00a_files.ipynb #0a000020
 def _lock(f):

@@ -95,6 +95,7 @@ def _classes(y): return y.as_subclass(Tensor) if isinstance(y, Tensor) and y.ndi
 
 def _name(dl, c):
     "What class `c` is called"
+    if c<0: return 'no label'
     vocab = getattr(dl, 'vocab', None)
     return str(int(c)) if vocab is None else str(vocab[int(c)])
 
@@ -111,6 +112,12 @@ def _pictures(dl, idxs):
     x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor).float().cpu().clamp(0, 1)
     return x if x.shape[1] in (1,3) else x.mean(1, keepdim=True)
 
+def _short(text, n=12): return text if len(text)<=n else text[:n-1]+'…'
+
+def _plain(text):
+    "`text` for matplotlib letter by letter: no formulas between dollars, nothing that no font can hold"
+    return ''.join(o if o.isprintable() or o=='\n' else '\ufffd' for o in text).replace('$', r'\$')
+
 def show_items(
     dl:DataLoader, # Images
     idxs:list, # Their positions in `dl`, as in the column `index`
@@ -125,7 +132,7 @@ def show_items(
     fig,axs = subplots(-(-len(idxs)//ncols), ncols, imsize=imsize)
     for ax in axs.flat: ax.axis('off')
     for ax,im,title,color in zip(axs.flat, _pictures(dl, idxs), titles or ['']*len(idxs), colors or [None]*len(idxs)):
-        show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1).set_title(title, fontsize=8, pad=3)
+        show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1).set_title(_plain(title), fontsize=8, pad=3)
         if color: ax.add_patch(Rectangle((0,0), 1, 1, transform=ax.transAxes, fill=False, ec=color, lw=3, clip_on=False))
     fig.tight_layout(pad=0.4)
 
@@ -145,11 +152,14 @@ def show_neighbors(
     idxs = _checked('idxs', _spread(idxs, dl.n) if isinstance(idxs, Integral) else idxs, dl.n)
     sims,near = nearest(x[idxs], k=min(k+1, dl.n), bank=x)
     shown,titles,colors = [],[],[]
+    def named(c, cos):
+        name = _short(_name(dl, c))
+        return f"{name}{'  ' if len(name)<7 else chr(10)}{cos:.2f}"
     for i,row,cos in zip(idxs, near.tolist(), sims.tolist()):
         others = [(j,c) for j,c in zip(row, cos) if j!=i][:k]
         shown += [i]+[j for j,_ in others]
-        titles += ['image' if y is None else _name(dl, y[i])] + [f'{c:.2f}' if y is None else f'{_name(dl, y[j])}  {c:.2f}' for j,c in others]
-        colors += [None] + [None if y is None else 'tab:green' if y[i]==y[j] else 'tab:red' for j,_ in others]
+        titles += ['image' if y is None else _short(_name(dl, y[i]))] + [f'{c:.2f}' if y is None else named(y[j], c) for j,c in others]
+        colors += [None] + [None if y is None or min(y[i], y[j])<0 else 'tab:green' if y[i]==y[j] else 'tab:red' for j,_ in others]
     show_items(dl, shown, titles, colors, len(others)+1, imsize)
 
 # %% ../nbs/11_interpret.ipynb #237a95b0
@@ -213,11 +223,13 @@ def _project(x, method, seed):
     except ImportError as e: raise ImportError("method='umap' needs umap-learn, which is not installed: pip install umap-learn") from e
     return UMAP(random_state=seed).fit_transform(x)
 
+def _label(name): return ' '*name.startswith('_') + _plain(_short(name, 24))  # matplotlib leaves labels with _ in front out of legends
+
 def _scatter(ax, xy, y, dl):
     if y is None: return ax.scatter(*xy.T, s=4)
     classes = y.unique()
     cmap = plt.get_cmap('tab10' if len(classes)<=10 else 'tab20' if len(classes)<=20 else 'turbo', max(len(classes), 10))
-    for i,c in enumerate(classes): ax.scatter(*xy[y==c].T, s=4, color=cmap(i), label=_name(dl, c))
+    for i,c in enumerate(classes): ax.scatter(*xy[y==c].T, s=4, color=cmap(i), label=_label(_name(dl, c)))
     if len(classes)<=20: ax.legend(fontsize=7, markerscale=2, loc='center left', bbox_to_anchor=(1,0.5), frameon=False)
 
 @delegates(_features)
@@ -309,12 +321,26 @@ def typiclust(
     return df.head(n)[['index','cluster','size','typicality']].reset_index(drop=True)
 
 # %% ../nbs/11_interpret.ipynb #909b96be
+def _keys(items, labelled):
+    "What tells the items apart, as texts: the items themselves, or the column of a table that holds `labelled`"
+    if not hasattr(items, 'iloc'): return list(map(str, items))
+    columns = [items[c].map(str) for c in items if items[c].is_unique]
+    return max(columns, key=lambda c: c.isin(list(map(str, labelled))).sum(), default=items.index.map(str)).tolist()
+
+def _rows(items, table):
+    "The rows of `table` by the column that tells the items apart, or by their positions if `suggest_labels` made it"
+    if {'index','typicality'} <= set(table): return table['index'].tolist()
+    column = next((c for c in table if c in items and items[c].is_unique), None) if hasattr(items, 'iloc') else 'path' if 'path' in table else None
+    if column is None: raise ValueError(f"labelled must have a column that tells the images of dl apart, it has {', '.join(map(str, table))}")
+    return table[column].tolist()
+
 def _positions(dl, labelled):
-    "Positions in `dl` of what has a label: positions already, or items such as paths"
-    labelled = list(labelled)
+    "Positions in `dl` of what has a label: positions already, items such as paths, or rows of a table"
+    items = dl.items
+    labelled = _rows(items, labelled) if isinstance(labelled, pd.DataFrame) else list(labelled)
     if not labelled: return labelled
     if not all(isinstance(o, Integral) for o in labelled):
-        where = {str(o):i for i,o in enumerate(dl.items)}
+        where = {o:i for i,o in enumerate(_keys(items, labelled))}
         unknown = [o for o in labelled if str(o) not in where]
         if unknown: raise ValueError(f"labelled must name images of dl, by position or by path, {unknown[0]!r} is not one")
         return [where[str(o)] for o in labelled]
@@ -324,7 +350,7 @@ def _positions(dl, labelled):
 def suggest_labels(
     learn:Learner, # A `ressl_learner`, or any whose model has an `encoder`
     n:int, # Images wanted
-    labelled:list=(), # Images of `dl` that have a label already: their positions, or their items if those are paths
+    labelled:list=(), # Images of `dl` that have a label already: positions, paths, or rows (or names) of the table that `dl` was made of
     k:int=20, # Neighbours that typicality looks at; at most half a cluster
     seed:int=0, # For k-means
     **kwargs

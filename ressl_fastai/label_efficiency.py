@@ -88,9 +88,9 @@ def _trained(make, dls, n_steps, lr):
     return predict
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0018
-def _linear(x, y, valid_x):
+def _linear(x, y, valid_x, scale_x=None):
     "From indices and a seed to the predictions of logistic regression on `x` there"
-    return lambda idxs, seed: fit_logistic(x[idxs], y[idxs], scale_x=x, seed=seed).predict(valid_x.numpy())
+    return lambda idxs, seed: fit_logistic(x[idxs], y[idxs], scale_x=scale_x).predict(valid_x.numpy())
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0033
 def pixel_features(
@@ -119,7 +119,9 @@ label_rows = ('frozen features','fine-tuned','from scratch','random encoder','ra
 def _predictor(row, learn, dls, y, seed, arch, teacher, n_steps, lr):
     "How `row` predicts the validation set from labelled images"
     enc = get_model(learn.model).encoder
-    if row=='raw pixels': return _linear(pixel_features(dls.train)[0], y, pixel_features(dls.valid)[0])
+    if row=='raw pixels':
+        x = pixel_features(dls.train)[0]
+        return _linear(x, y, pixel_features(dls.valid)[0], scale_x=x)
     if row=='frozen features': return _linear(embed(learn, dls.train, teacher)[0], y, embed(learn, dls.valid, teacher)[0])
     if row=='fine-tuned': return _trained(partial(learn.to_vision_learner, teacher=teacher), dls, n_steps, lr)
     if row=='ImageNet': return _trained(partial(vision_learner, arch=arch or get_arch(enc.arch), normalize=False, n_in=enc.n_in), dls, n_steps, lr)

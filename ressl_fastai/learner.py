@@ -16,6 +16,7 @@ __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss'
            'ressl_learner', 'load_encoder']
 
 # %% ../nbs/07_learner.ipynb #bce794fb
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -30,16 +31,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
-from fastai.optimizer import Adam
 from fastai.torch_core import TensorCategory, get_model, get_random_states, set_random_states
-from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
+from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import TimmBody, add_head, default_split, model_meta
 from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import ifnone, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
-from PIL import Image
 from torch import nn, Tensor
 
 from . import __version__, views
@@ -47,21 +46,14 @@ from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
 from .files import check_writable, read_torch, write_torch
-from .images import naming_bad_file
+from .images import check_channels, look_at_files, set_opener
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
+from .optimizer import FusedAdam
 from .precision import DevicePrecision, choose_precision
 from .views import clean_dl
 
 # %% ../nbs/07_learner.ipynb #2b3c6944
-def _check_depth(ds):
-    "Refuse images of 16 bits where fastai would cut them off at 255"
-    items,item = getattr(ds, 'items', None),ds[0]
-    f = [] if items is None or hasattr(items, 'iloc') else items[:1]  # a table's rows are no files
-    im = item[0] if isinstance(item, tuple) else item
-    if type(im) in (PILImage,PILImageBW) and len(f) and isinstance(f[0], (str,Path)) and Image.open(f[0]).mode.startswith('I'):
-        raise ValueError(f"{f[0]} has 16 bits per pixel, of which {type(im).__name__} keeps what is below 256: use ImageBlock(PILImage16)")
-
 def first_images(
     dls:DataLoaders, # Any fastai vision `DataLoaders`
     n:int=2 # Number of images
@@ -74,10 +66,10 @@ def first_images(
     if total==0: raise ValueError("dls.train is empty")
     idxs = [i*total//min(n,total) for i in range(min(n,total))]
     dl = clean_dl(dls.train, normalize=False, bs=len(idxs), num_workers=0)
-    with naming_bad_file(dls): b = dl.new(get_idxs=lambda: idxs).one_batch()
+    b = dl.new(get_idxs=lambda: idxs).one_batch()
     b = b if isinstance(b, (tuple,list)) else (b,)
     check_images(b[0])
-    _check_depth(dls.train_ds)
+    check_channels(b[0].shape)
     return b
 
 # %% ../nbs/07_learner.ipynb #6b6fb76e
@@ -126,6 +118,7 @@ class ReSSLLearner(Learner):
     @dls.setter
     def dls(self, dls):
         if '_dls' in self.__dict__: _same_normalize(dls, _norm_stats(self.dls), 'the model')
+        set_opener(dls)
         self.__dict__['_dls'] = dls
 
     def __repr__(self):
@@ -140,7 +133,7 @@ class ReSSLLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         for cb in L(self.cbs)+L(cbs):
             if isinstance(cb, SaveModelCallback): check_writable((self.path/self.model_dir/cb.fname).parent)
-        with naming_bad_file(self.dls): super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
@@ -188,8 +181,10 @@ def _norm_stats(dls):
     norm = get_normalize(dls)
     return norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std))
 
-def _add_normalize(dls, stats):
-    dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+def _add_normalize(dls, stats, measured=False):
+    norm = Normalize.from_stats(*stats, cuda=False)
+    norm.measured = measured  # on these images: a fit that is continued takes its own along
+    dls.add_tfms([norm], 'after_batch')
     if dls.device is not None: dls.to(dls.device)  # takes the statistics along
 
 def _splitter(body, arch):
@@ -206,7 +201,7 @@ def ressl_splitter(
 
 @delegates(Learner.__init__)
 def ressl_learner(
-    dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; a missing `Normalize` is added
+    dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; images are opened by `open_image`, a missing `Normalize` is added
     arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`
     pretrained:bool=False, # Start from the library's weights
     stem:str='auto', # First layers: 'standard', 'small_pool', 'small' or 'auto'; see `create_encoder`
@@ -229,7 +224,7 @@ def ressl_learner(
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
-    opt_func=Adam, # Optimizer function
+    opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
     precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto', bfloat16 where it pays; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
@@ -250,9 +245,10 @@ def ressl_learner(
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder)))+L(Guard() if guard else None)+L(cbs)
+    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder, dls.train.bs*size[0]*size[1])))+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
-    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
+    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
+    look_at_files(dls)
     return learn
 
 # %% ../nbs/07_learner.ipynb #28b276cd
@@ -371,7 +367,9 @@ def load_encoder(
     if isinstance(model, DynamicUnet) and old_stem!=state['stem']:
         raise ValueError(f"{file} has stem={state['stem']!r}, this U-Net was built around stem={old_stem!r}: make one with to_unet_learner")
     _check_fit(body if old_stem==state['stem'] else set_stem(deepcopy(body), state['stem']), state, file)
-    if learn: _same_normalize(learn.dls, state['normalize'], file)
+    if learn:
+        _same_normalize(learn.dls, state['normalize'], file)
+        set_opener(learn.dls)
     device = next(body.parameters()).device
     for o in [body] + ([model.teacher[0][0]] if isinstance(model, ReSSLModel) else []):
         set_stem(o, state['stem']).to(device).load_state_dict(state['body'])
@@ -382,11 +380,24 @@ def load_encoder(
     return learner_or_model
 
 # %% ../nbs/07_learner.ipynb #c4a10002
+def _check_labelled(dls):
+    "Refuse what a classifier cannot be trained on, and train on labels that are fewer than a batch"
+    train,n = dls.train,dls.train.n
+    if n==1: raise ValueError("dls.train must hold at least 2 images, it has 1: batch norm needs two to train on")
+    for y in [tl for tl in getattr(train.dataset, 'tls', [])[1:] if hasattr(tl.items, 'iloc')]:
+        missing = sum(isinstance(o, TensorCategory) and bool(o<0) for o in y)
+        if missing: raise ValueError(f"{missing} of the {n} training images have no label: leave these rows of the table out, as in df[df.label.notna()]")
+    if not len(train):
+        train.drop_last = False
+        warnings.warn(f"bs={train.bs} is larger than the training set of {n} images: dls.train now gives all of them in one batch (drop_last=False)")
+
 def _hand_over(learn, dls, teacher):
     "A copy of the encoder that was tried on the images of `dls`, and whether its body gives maps"
+    set_opener(dls)
     (enc,_),x = _pretrained(learn, teacher),first_images(dls)[0]
     if x.shape[1]!=enc.n_in: raise ValueError(f"the encoder was pretrained on images with {enc.n_in} channels, those of dls have {x.shape[1]}")
     enc = Encoder(set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True), enc.arch, enc.n_in, tuple(x.shape[2:]))
+    _check_labelled(dls)
     with torch.no_grad(): return enc,enc[0].eval()(x.to(next(enc.parameters()))).ndim==4
 
 def _n_out(dls, n_out):
@@ -400,7 +411,6 @@ def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
     _same_normalize(dls, _pretrained(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res
-
 
 # %% ../nbs/07_learner.ipynb #c4a10003
 @patch

@@ -14,7 +14,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/report.html.md"""
 __all__ = ['template', 'render', 'versions']
 
 # %% ../nbs/11b_report.ipynb #rp04imp
-import base64, platform
+import base64, platform, warnings
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -38,7 +38,7 @@ from .callback import get_normalize
 from .evaluate import embed, knn_accuracy, linear_accuracy
 from .files import write_text
 from .health import Guard, HealthMonitor
-from .interpret import (_classes, _embeddings, _name, _pictures, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors,
+from .interpret import (_classes, _embeddings, _name, _pictures, _plain, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors,
                                     suggest_labels)
 from .label_efficiency import label_efficiency, pixel_features, plot_labels
 from .learner import first_images
@@ -92,6 +92,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border-rad
 <h2>{{ s.title }}</h2>
 {% if s.text %}<p>{{ s.text }}</p>
 {% endif %}{% if s.missing %}<p class="quiet">Left out: {{ s.missing }}.</p>
+{% endif %}{% if s.failed %}<p class="warn">This section failed ({{ s.failed }}). The others are not touched by that.</p>
 {% endif %}{% if s.figures %}<div class="figures">
 {% for f in s.figures %}<figure><img src="{{ f.src }}" width="{{ f.width }}" alt="{{ f.alt }}"></figure>
 {% endfor %}</div>
@@ -125,20 +126,24 @@ def _src(im):
     return f'data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}'
 
 def _figure(draw, alt, *args, **kwargs):
-    "What `draw` draws with pyplot, for the template; the figure is closed"
-    with plt.style.context('default'):
-        draw(*args, **kwargs)
-        fig,buf = plt.gcf(),BytesIO()
-        fig.savefig(buf, dpi=192, bbox_inches='tight' if fig.get_layout_engine() is None else None)
-        plt.close(fig)
+    "What `draw` draws with pyplot, for the template; its figures are closed, also after an error"
+    theirs,buf = plt.get_fignums(),BytesIO()
+    with plt.style.context('default'), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Glyph')  # a name in a script that the font lacks is drawn as boxes
+        try:
+            draw(*args, **kwargs)
+            fig = plt.gcf()
+            fig.savefig(buf, dpi=192, bbox_inches='tight' if fig.get_layout_engine() is None else None)
+        finally:
+            for o in set(plt.get_fignums())-set(theirs): plt.close(o)
     im = Image.open(buf).convert('RGB')
     return dict(src=_src(im.quantize(255)), width=im.width//2, alt=alt)
 
 def _lines(title, **ys):
     "One line for each list, counted from 1"
     ax = plt.subplots(figsize=(3.1,2.1), layout='constrained')[1]
-    for nm,y in ys.items(): ax.plot(range(1, len(y)+1), y, label=nm, marker='.' if len(y)<10 else None)
-    ax.set_title(title, fontsize=10)
+    for nm,y in ys.items(): ax.plot(range(1, len(y)+1), y, label=_plain(nm), marker='.' if len(y)<10 else None)
+    ax.set_title(_plain(title), fontsize=10)
     ax.tick_params(labelsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if len(ys)>1: ax.legend(fontsize=8)
@@ -165,11 +170,15 @@ def _item_name(dl, i, path):
     return str(o) if isinstance(o, (str,Path)) else f'image {i}'
 
 def _look(learn, n, command=None):
-    "The images that the page is about, with features, classes and names"
-    (dl,idxs),(valid,_) = _few(learn.dls.train, n),_few(learn.dls.valid, n)
-    features = embed(learn, dl)
-    return SimpleNamespace(dl=dl, valid=valid, features=features, y=_classes(features[1]), command=command,
-                           names=[_item_name(learn.dls.train, i, learn.dls.path) for i in idxs])
+    "The images that the page is about, with features, classes and names; or the `problem` that they cannot be had for"
+    seen = SimpleNamespace(command=command, y=None, problem=None)
+    try:
+        (seen.dl,idxs),(seen.valid,_) = _few(learn.dls.train, n),_few(learn.dls.valid, n)
+        seen.names = [_item_name(learn.dls.train, i, learn.dls.path) for i in idxs]
+        seen.features = embed(learn, seen.dl)
+        seen.y = _classes(seen.features[1])
+    except Exception as e: seen.problem = e
+    return seen
 
 # %% ../nbs/11b_report.ipynb #rp20ver
 def versions() -> dict: # By name; 'device' is the GPU or the processor
@@ -355,11 +364,16 @@ clf.fine_tune(10)""")
 _sections = (_what_was_run, _curves, _accuracy, _few_labels, _health, _views, _relations, _neighbours, _map, _duplicates, _outliers,
              _what_to_label_first, _how_to_use_it)
 
+_without_features = _what_was_run,_curves,_views,_how_to_use_it
+
 def _made(section, learn, seen):
-    "The section, or why there is none"
+    "The section, or why there is none: no error of one loses the page"
     title = section.__name__.strip('_').replace('_', ' ').capitalize()
-    try: return dict(title=title, **section(learn, seen))
+    try:
+        if seen.problem and section not in _without_features: raise seen.problem
+        return dict(title=title, **section(learn, seen))
     except ValueError as e: return dict(title=title, missing=str(e))
+    except Exception as e: return dict(title=title, failed=f'{type(e).__name__}: {e}')
 
 @patch
 def report(self:Learner,
