@@ -100,63 +100,6 @@ def _walk(path):
         folders = [o for o in inside if o.is_dir() and not _holds_results(o)]
         todo = [o for o in folders if not o.is_symlink()] + todo + [o for o in folders if o.is_symlink()]
 
-def _config_in(folder):
-    "What a run of one of our commands says of itself in its folder of results, None if `folder` is none"
-    try: there = json.loads((folder/'config.json').read_text())
-    except (OSError,ValueError): return None
-    return there if isinstance(there, dict) and str(there.get('command')).startswith('ressl_') else None
-
-def _in_results(folder, path):
-    "Whether `folder`, or one between `path` and it, holds the results of a run"
-    below = folder.relative_to(path).parts
-    return any(_config_in(path.joinpath(*below[:i+1])) for i in range(len(below)))
-
-def find_images(
-    path:Path, # Folder that is searched with all its sub-folders
-    skip_bad:bool=False # Leave out files that cannot be read instead of refusing
-) -> L: # Paths of images, each of which was read once
-    "The images in `path` with one of `image_suffixes`, without the pictures in results of earlier runs; those that are left out are named on standard error"
-    files = L(_walk(Path(path))).sorted()
-    results = {o for o in {f.parent for f in files} if _in_results(o, path)}
-    files = files.filter(lambda f: f.parent not in results)
-    other = Counter(f.suffix.lower() or f.name for f in files if f.suffix.lower() not in image_suffixes)
-    files = files.filter(lambda f: f.suffix.lower() in image_suffixes)
-    if not files: raise ValueError(f"no images in {path}")
-    if other: _say(f"left out, no suffix of an image: {', '.join(f'{n} {k}' for k,n in other.most_common(5))}{' ...' if len(other)>5 else ''}")
-    with _saying_warnings(): return readable_images(files, skip_bad)
-
-# %% ../nbs/12_cli.ipynb #406b37ad
-image_suffixes = '.jpg .jpeg .jpe .jfif .png .gif .bmp .tif .tiff .webp .avif .ppm .pgm .pbm .pnm .jp2 .ico .tga'.split()
-
-def _say(text): print(text, file=sys.stderr)
-
-@contextmanager
-def _saying_warnings():
-    "Warnings as plain lines on standard error"
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always', UserWarning)
-        yield
-    for o in said: _say(o.message)
-
-def _holds_results(folder):
-    "Whether a run of one of our commands has its results in `folder`, by what its `config.json` says"
-    try: there = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except (OSError,ValueError): return False
-    return isinstance(there, dict) and str(there.get('command')).startswith('ressl_')
-
-def _walk(path):
-    "All files below `path` but results of runs, each folder once; links to folders come after everything that is there without them"
-    root,seen,todo = path.resolve(),set(),[path]
-    while todo:
-        folder = todo.pop(0)
-        real = folder.resolve()
-        if real in seen or (folder!=path and root.is_relative_to(real)): continue
-        seen.add(real)
-        inside = sorted(o for o in folder.iterdir() if not o.name.startswith('.'))
-        yield from (o for o in inside if o.is_file())
-        folders = [o for o in inside if o.is_dir() and not _holds_results(o)]
-        todo = [o for o in folders if not o.is_symlink()] + todo + [o for o in folders if o.is_symlink()]
-
 def find_images(
     path:Path, # Folder that is searched with all its sub-folders
     skip_bad:bool=False # Leave out files that cannot be read instead of refusing
@@ -390,7 +333,6 @@ def ressl_pretrain(
     if recipe is None: args = {k:digits_defaults.get(k) if v is None and data=='digits' else defaults.get(k) if v is None else v for k,v in args.items()}
     with _in_one_sentence('ressl_pretrain') as run:
         out = _wished(out, data)
-        check_writable(out)
         learn,fit,chosen = _set_up(data, **args)
         config = _config(learn, data, {**args, **chosen, 'queue_size':learn.model.queue.size})
         run.folder,lock = _claim(out, config)
@@ -447,6 +389,10 @@ def _print_row(log): print(' '.join(f'{o:12.4f}' if isinstance(o, float) else f'
 
 def _write_json(path, o): write_text(path, json.dumps(o, indent=2))
 
+def _delete_checkpoint(kept):
+    "From one moment to the next the run is at its end, however long it takes to delete the files; they may also stay"
+    with suppress(OSError): shutil.rmtree(kept.rename(kept.with_name('checkpoint.old')))
+
 def _command(*words, **args):
     "What to type into the shell"
     flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
@@ -489,54 +435,3 @@ def _run(learn, fit, out, config, lock=None, report=True):
     if lock: lock.close()
     _delete_checkpoint(kept)  # everything else is on the disk now
 
-
-# %% ../nbs/12_cli.ipynb #b503f8ad
-def _print_row(log): print(' '.join(f'{o:12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
-
-def _write_json(path, o): write_text(path, json.dumps(o, indent=2))
-
-def _command(*words, **args):
-    "What to type into the shell"
-    flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
-    return shlex.join([*map(str, words), *flags])
-
-def _config(learn, data, args):
-    "What a run is, for `config.json`"
-    return dict(command=_command('ressl_pretrain', data, **args), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=versions())
-
-def _delete_checkpoint(kept):
-    "The run is at its end from one moment to the next, however long it takes to delete the files; where they cannot be deleted they stay"
-    with suppress(OSError): shutil.rmtree(kept.rename(kept.with_name('checkpoint.old')))
-
-def _run(learn, fit, out, config, lock=None, report=True):
-    "Train `learn`, or go on with it, and write everything to `out`"
-    learn.path,learn.model_dir,kept = out,Path('.'),out/'checkpoint'
-    make_folder(kept)  # as long as it is there, the run is not at its end
-    _write_json(out/'config.json', config)
-    plt.switch_backend('agg')
-    learn.show_views()
-    with writing(out/'views.png') as f: plt.savefig(f, format='png')
-    plt.close()
-    labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
-    if labelled: config['knn_accuracy'] = {'raw pixels':_knn(pixel_features, learn.dls), 'random encoder':_knn(partial(embed, learn), learn.dls)}
-    print(f"{learn.dls.train.n} images for training, {learn.dls.valid.n} held out; {config['arch']} at {config['size']} pixels; results in {out}/")
-    learn.add_cbs([HealthMonitor('effective_rank'), CSVLogger()])
-    fit = partial(fit, cbs=Checkpoint(kept.name))
-    if sys.stdout and sys.stdout.isatty(): fit()
-    else:
-        learn.logger = _print_row
-        _print_row(['epoch', 'train_loss', 'valid_loss', *learn.metrics.attrgot('name'), 'effective_rank', 'time'])
-        with learn.no_bar(): fit()
-    if learn.guard.alarms: raise CliError(f'ressl_pretrain: {learn.guard.alarms[-1]}')
-    learn.save_encoder('encoder')
-    _save_curves(learn.csv_logger.read_log(), out/'curves.png')
-    if labelled:
-        config['knn_accuracy']['pretrained encoder'] = _knn(partial(embed, learn), learn.dls)
-        print(f"\nkNN accuracy on the {learn.dls.valid.n} held-out images")
-        for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
-        _write_json(out/'config.json', config)
-    print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}", flush=True)
-    if report: print(f"report:   {learn.report(command=config['command'])}")
-    to_disk(out/'history.csv')  # everything else is there already
-    if lock: lock.close()
-    _delete_checkpoint(kept)

@@ -33,29 +33,6 @@ from .learner import _read_encoder, first_images, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
 from .views import clean_dl
 
-# %% ../nbs/12a_cli_evaluate.ipynb #12ae0004
-import json
-from contextlib import suppress
-from pathlib import Path
-from typing import Annotated
-
-import matplotlib.pyplot as plt
-import torch
-from fastai.data.transforms import Normalize
-from fastai.learner import Learner
-from fastcore.basics import noop
-from fastcore.script import CliError, call_parse
-from pandas import DataFrame
-
-from . import __version__
-from .cli import _check_numbers, _command, _dls, _folder, _in_one_sentence, _wished, _write_json
-from .evaluate import embed, knn_accuracy, linear_accuracy
-from .files import write_text, writing
-from .label_efficiency import label_efficiency, pixel_features, plot_labels, summarize_labels
-from .learner import _read_encoder, first_images, load_encoder
-from .models import ReSSLModel, create_encoder, get_arch
-from .views import clean_dl
-
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0007
 def _size_in(config):
     "The size of images that a run's `config.json` tells, None if it does not"
@@ -167,59 +144,6 @@ def _evaluate(learn, random_learn, labels, what, folder, *, k, protocol, seed, s
 
 def _write(out, scores, few, config):
     _write_json(out/'config.json', config)  # first: by it the folder is known not to hold images
-    write_text(out/'scores.csv', scores.to_csv())
-    if few is not None:
-        write_text(out/'label_efficiency.csv', few.to_csv(index=False))
-        plt.switch_backend('agg')
-        with writing(out/'label_efficiency.png') as f: plot_labels(few).figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
-        plt.close()
-    print(f"\nresults in {out}/")
-
-# %% ../nbs/12a_cli_evaluate.ipynb #12ae0011
-@call_parse
-def ressl_evaluate(
-    encoder:str, # Encoder file, or the folder that ressl_pretrain wrote
-    data:str, # A folder with images in class folders, 'digits', or the name of a fastai data set (a download)
-    out:str=None, # Folder for scores.csv, config.json and label_efficiency.csv and .png; nothing is written if not given
-    labels_per_class:str=None, # Numbers such as 1,5,10: also train on so few labels, and compare
-    seeds:int=3, # Draws of labels
-    steps:int=200, # Training steps on few labels
-    k:int=20, # Neighbours that vote
-    protocol:str='logistic', # Linear classifier: logistic, step or cosine (the papers' SGD)
-    size:int=None, # Side of the images in pixels; that of the run if not given
-    valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid (val, test)
-    skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
-    num_workers:int=None, # Processes that load images; as many as cores if not given
-    seed:int=42, # For held-out images and first weights
-    version:Annotated[str, dict(action='version')]=f'ressl_fastai {__version__}' # Print the version and stop
-):
-    "Print kNN and linear accuracy of a pretrained encoder, and accuracy by number of labels"
-    args = {k:v for k,v in locals().items() if k not in ('encoder','data','out','version')}
-    how = dict(valid_pct=valid_pct, skip_bad=skip_bad, num_workers=num_workers, seed=seed)
-    with _in_one_sentence('ressl_evaluate') as run:
-        _check_numbers(valid_pct=valid_pct, seeds=seeds, steps=steps, k=k, num_workers=num_workers, seed=seed)
-        if valid_pct==1: raise ValueError(f"valid_pct must be less than 1, got {valid_pct}")
-        wished = out if out is None else _wished(out, data)
-        learn,random_learn,labels,what = _prepared(encoder, data, size, labels_per_class, protocol, how)
-        run.folder = wished and _folder(wished)
-        command = _command('ressl_evaluate', encoder, data, **args)
-        try: _evaluate(learn, random_learn, labels, what, run.folder, command, k=k, protocol=protocol, seed=seed, seeds=seeds, steps=steps)
-        finally:
-            if run.folder:
-                with suppress(OSError): run.folder.rmdir()  # which it is only if nothing was written
-
-
-# %% ../nbs/12a_cli_evaluate.ipynb #12ae0012
-def _evaluate(learn, random_learn, labels, what, folder, command, *, k, protocol, seed, seeds, steps):
-    print(f"{what}\n{learn.dls.train.n} images for training, {learn.dls.valid.n} held out, {len(learn.dls.vocab)} classes\n", flush=True)
-    scores = _scores(learn, random_learn, k, protocol, seed)
-    print(scores.to_string(float_format='{:.4f}'.format), flush=True)
-    few = labels and label_efficiency(learn, learn.dls, labels, seeds=seeds, n_steps=steps)
-    if labels: print(f"\naccuracy by labels per class, mean of {seeds} draws\n" + summarize_labels(few)['mean'].unstack(sort=False).to_string(float_format='{:.4f}'.format))
-    if folder: _write(folder, scores, few, command)
-
-def _write(out, scores, few, command):
-    _write_json(out/'config.json', dict(command=command))  # by it the folder is known not to hold images
     write_text(out/'scores.csv', scores.to_csv())
     if few is not None:
         write_text(out/'label_efficiency.csv', few.to_csv(index=False))
