@@ -111,8 +111,8 @@ def _draw_weights(net):
     for m in net.modules():
         if next(m.parameters(recurse=False), None) is None: continue
         draw = getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
-        if draw is None: raise ValueError(f"arch must be a function that makes the network: the module's own weights may be trained, and those of its "
-            f"{type(m).__name__} cannot be drawn anew (it has no reset_parameters)")
+        if draw is None: raise ValueError(f"the module's own weights may be trained, and those of its {type(m).__name__} cannot be drawn anew: "
+            "give that class a reset_parameters(), or as arch the function that makes the network, where a library has one")
         draw()
 
 def _fresh(learn, arch, seed):

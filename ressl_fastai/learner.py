@@ -195,8 +195,8 @@ def _check_views(model, x, bs, **tfms):
             except Exception as e:
                 if bs==1: raise ValueError(f"bs must be at least 2 for {model.encoder.arch} with batch norm, got 1 ({e})") from e
                 raise ValueError(f"{nm} makes views of {h} x {w} pixels, which {model.encoder.arch} cannot be trained with ({e}): give them the size of the images, "
-                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)), or take an architecture for any size (of timm's transformers "
-                    "partial(timm.create_model, name, dynamic_img_size=True))") from e
+                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)*5), or take an architecture for any size (of timm's transformers "
+                    "partial(timm.create_model, name, dynamic_img_size=True, dynamic_img_pad=True))") from e
 
 def _check_trackers(learn, cbs):
     "fastai's callbacks that watch a value of the progress table count an epoch without one as no better, or end in an error"
