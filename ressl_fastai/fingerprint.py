@@ -195,7 +195,8 @@ def _file_at(tl):
 def _through(tl, n=None):
     "Items after `n` transforms"
     if n==0: return _rows(tl)
-    return [compose_tfms(o, tl.tfms.fs[:n], split_idx=1) for o in _rows(tl)]
+    rows = _rows(tl)  # not iterated: those of a table would become tuples with another first column
+    return [compose_tfms(rows[i], tl.tfms.fs[:n], split_idx=1) for i in range(len(rows))]
 
 def _stat(file):
     try: o = os.stat(file)
