@@ -35,6 +35,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
 from fastcore.foundation import L
 from fastcore.script import CliError, call_parse
+from sklearn.exceptions import ConvergenceWarning
 
 from . import __version__
 from .callback import InfoNCEWarmup
@@ -209,7 +210,10 @@ def _in_one_sentence(command):
     run,out = SimpleNamespace(folder=None),sys.stdout
     errors = getattr(out, 'errors', None)
     if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
-    try: yield run
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ConvergenceWarning)
+            yield run
     except CliError: raise
     except KeyboardInterrupt as e:
         print(f'\n{command}: interrupted; {_what_is_kept(run.folder)}', file=sys.stderr)
@@ -355,6 +359,8 @@ def _run(learn, fit, out, config, lock=None, report=True):
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
         _write_json(out/'config.json', config)
     print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}", flush=True)
-    if report: print(f"report:   {learn.report(command=config['command'])}")
+    if report:
+        print(f"report:   {out/'report.html'}, which takes up to a minute", flush=True)
+        learn.report(command=config['command'])
     if lock: lock.close()
     shutil.rmtree(kept)

@@ -27,7 +27,7 @@ from pandas import DataFrame
 from . import __version__
 from .cli import _check_numbers, _dls, _folder, _in_one_sentence, _wished
 from .evaluate import embed, knn_accuracy, linear_accuracy
-from .label_efficiency import label_efficiency, pixel_features, plot_labels, summarize_labels
+from .label_efficiency import _components, label_efficiency, pixel_features, plot_labels, summarize_labels
 from .learner import _read_encoder, first_images, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
 from .views import clean_dl
@@ -90,11 +90,16 @@ def _prepared(encoder, data, size, labels_per_class, protocol, how):
     labels = _numbers(labels_per_class, y)
     return encoder_learner(file, dls, size),encoder_learner(file, dls, size, trained=False),labels,f"{file}: {state['arch']} at {size} pixels"
 
+def _pixels(train, valid):
+    (a,train_y),(b,y) = pixel_features(train),pixel_features(valid)
+    if a.shape[1]>512: a,b = _components(a, b)
+    return (a,train_y),(b,y)
+
 def _scores(learn, random_learn, k, protocol, seed):
     "kNN and linear accuracy of the encoder and of what it must beat"
     train,valid = learn.dls.train,learn.dls.valid
     feats = {'encoder':(embed(learn, train), embed(learn, valid)), 'random encoder':(embed(random_learn, train), embed(random_learn, valid)),
-             'raw pixels':(pixel_features(train), pixel_features(valid))}
+             'raw pixels':_pixels(train, valid)}
     return DataFrame([dict(features=nm, knn=knn_accuracy(*a, *b, k=k), **{f'linear_{t}':v for t,v in linear_accuracy(*a, *b, protocol=protocol, seed=seed).items()
                            if t.startswith('top')}) for nm,(a,b) in feats.items()]).set_index('features')
 

@@ -32,6 +32,7 @@ from fastai.vision.learner import vision_learner
 from fastcore.basics import listify, noop
 from pandas import DataFrame
 from scipy.stats import t as student_t
+from sklearn.decomposition import PCA
 from sklearn.metrics import recall_score
 from torch import Tensor
 
@@ -101,6 +102,13 @@ def pixel_features(
     def small(x): return F.adaptive_avg_pool2d(x.as_subclass(Tensor), [min(side, o) for o in x.shape[2:]]).flatten(1).cpu()
     xs,ys = zip(*[(small(x), y.as_subclass(Tensor).cpu()) for x,y in clean_dl(dl)])
     return torch.cat(xs),torch.cat(ys)
+
+# %% ../nbs/11a_label_efficiency.ipynb #11ae0037
+def _components(train_x, x, n=128):
+    "At most `n` principal components of the training features, for both: logistic regression on thousands of pixels takes minutes and is no better"
+    if min(train_x.shape)<=n: return train_x,x
+    pca = PCA(n, random_state=0).fit(train_x.numpy())
+    return tuple(torch.as_tensor(pca.transform(o.numpy())) for o in (train_x,x))
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0020
 def _fresh(learn, arch, seed):
