@@ -2,7 +2,7 @@
 
 Pretraining runs for days. `learn.fit_one_cycle(100, cbs=Checkpoint('run'))` keeps on disk everything that the rest of the training depends on: student, teacher,
 predictor and queue, optimizer and gradients, the loss scale of `MixedPrecision`, the place in the schedules, the recorder's history, what other callbacks
-count, the random states and the order of the batches. Run again, the same line continues; with other settings it is refused and says which.
+count, the random states, which images are held out, and the order of the batches. Run again, the same line continues; with other settings or other data it is refused and says which.
 
 A file is written aside, brought to the disk and then renamed, so that a checkpoint is whole or not there. A checksum covers all of it. The last two are
 kept; a damaged one is passed over. Files of others in the folder are left alone.
@@ -15,51 +15,138 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/checkpoint.html.md"""
 __all__ = ['write_checkpoint', 'read_checkpoint', 'last_checkpoint', 'Checkpoint']
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00004
-import math, re, time, warnings
+import enum, io, math, random, re, sys, time, warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import suppress
+from datetime import date, datetime, timedelta
+from functools import partial
 from inspect import signature
-from pathlib import Path
+from pathlib import Path, PurePath
+from types import CellType, FunctionType, MethodType
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import Datasets
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
 from fastai.optimizer import Optimizer
-from fastai.torch_core import get_model, get_random_states, num_distrib, set_random_states, to_device
+from fastai.torch_core import TensorImage, get_model, get_random_states, num_distrib, set_random_states, to_device
 from fastcore.basics import store_attr
 from fastcore.foundation import L
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
 from .callback import ReSSL, get_normalize
 from .files import hold, read_torch, write_torch
+from .fingerprint import assigned_later, data_fingerprint, digest, is_library, item_fingerprints
 from .models import ReSSLModel
 from .precision import DevicePrecision
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00007
 def _is_scalar(o): return isinstance(o, Tensor) and o.ndim==0
 
-def _encode(o):
+def _by_name(module, name):
+    "What is already there under this name"
+    o = sys.modules.get(module)
+    for part in name.split('.'): o = getattr(o, part, None)
+    return o
+
+def _name_of(cls):
+    if _by_name(cls.__module__, cls.__qualname__) is not cls:
+        raise TypeError(f"a checkpoint cannot hold the class {cls.__qualname__}, which has no name of its own")
+    return cls.__module__,cls.__qualname__
+
+def _class_of(name, kind):
+    cls = _by_name(*name)
+    if isinstance(cls, type) and issubclass(cls, kind): return cls
+    raise ValueError(f"there is no {kind.__name__} {name[1]} in {name[0]} any more")
+
+def _npy(a):
+    "An array as the bytes of an .npy file"
+    np.save(f := io.BytesIO(), a, allow_pickle=False)
+    return torch.frombuffer(bytearray(f.getvalue()), dtype=torch.uint8)
+
+def _from_npy(t): return np.load(io.BytesIO(t.numpy().tobytes()), allow_pickle=False)
+
+_kinds = {  # name: (its types, to plain values, back)
+    'bytes':(bytes, lambda o: o.decode('latin1'), lambda v: v.encode('latin1')),
+    'complex':(complex, lambda o: (o.real,o.imag), lambda v: complex(*v)),
+    'set':(set, list, set),
+    'frozenset':(frozenset, list, frozenset),
+    'counter':(Counter, lambda o: list(o.items()), lambda v: Counter(dict(v))),
+    'deque':(deque, lambda o: (list(o),o.maxlen), lambda v: deque(*v)),
+    'ordered':(OrderedDict, lambda o: list(o.items()), OrderedDict),
+    'default':(defaultdict, lambda o: (o.default_factory,list(o.items())), lambda v: defaultdict(*v)),
+    'range':(range, lambda o: (o.start,o.stop,o.step), lambda v: range(*v)),
+    'slice':(slice, lambda o: (o.start,o.stop,o.step), lambda v: slice(*v)),
+    'datetime':(datetime, datetime.isoformat, datetime.fromisoformat),
+    'date':(date, date.isoformat, date.fromisoformat),
+    'timedelta':(timedelta, lambda o: (o.days,o.seconds,o.microseconds), lambda v: timedelta(*v)),
+    'path':(type(Path()), str, Path),
+    'dtype':(torch.dtype, str, lambda v: getattr(torch, v.split('.')[-1])),
+    'device':(torch.device, str, torch.device),
+    'L':(L, list, L),
+    'pairs':((), None, dict)}
+_names = {t:nm for nm,(t,*_) in _kinds.items() if t}
+
+def _special(o):
+    "Name and plain values of what is not plain itself"
+    if isinstance(o, enum.Enum): return 'enum',(*_name_of(type(o)),o.name)
+    if isinstance(o, np.generic): return 'number',_npy(np.asarray(o))
+    if type(o) is np.ndarray and o.dtype.hasobject: return 'objects',(o.shape,o.ravel().tolist())
+    if type(o) is np.ndarray: return 'array',_npy(o)
+    if type(o) is list and len(o):
+        if all(map(_is_scalar, o)) and len({(x.dtype,x.device) for x in o})==1: return 'scalars',torch.stack(o)
+        if isinstance(o[0], np.number) and len(set(map(type, o)))==1: return 'numbers',_npy(np.array(o))
+    if isinstance(o, type): return 'class',_name_of(o)
+    if isinstance(o, tuple) and hasattr(o, '_fields'): return 'fields',(*_name_of(type(o)),tuple(o))
+    if type(o) is dict and ('_kind' in o or not all(type(k) in (str,int) for k in o)): return 'pairs',list(o.items())
+    nm = _names.get(type(o))
+    return nm and (nm,_kinds[nm][1](o))
+
+class _Kept:
+    "Already encoded, or to be decoded later"
+    def __init__(self, plain): self.plain = plain
+
+def _encode(o, inside=()):
     "`o` in types that `torch.load(weights_only=True)` reads"
-    if isinstance(o, (np.generic,np.ndarray)): return o.tolist()
     if o is None or type(o) in (bool,int,float,str): return o
+    if isinstance(o, _Kept): return {'_kind':'kept', 'v':o.plain}
     if isinstance(o, Tensor):
         o = o.detach().as_subclass(Tensor)
         return o.clone() if o.untyped_storage().nbytes()>o.nbytes else o  # a view takes along all that it is a view of
-    if isinstance(o, dict): return {k:_encode(v) for k,v in o.items()}
-    if isinstance(o, (list,L)) and len(o) and all(map(_is_scalar, o)): return {'_scalars': _encode(torch.stack(list(o)))}
-    if isinstance(o, L): return {'_L': [_encode(v) for v in o]}
-    if isinstance(o, (list,tuple)): return (tuple if isinstance(o, tuple) else list)(_encode(v) for v in o)
+    if id(o) in inside: raise TypeError(f"a checkpoint cannot hold a {type(o).__name__} that holds itself")
+    inside = (*inside,id(o))
+    if special := _special(o): return {'_kind':special[0], 'v':_encode(special[1], inside)}
+    if type(o) is dict: return {k:_encode(v, inside) for k,v in o.items()}
+    if type(o) in (list,tuple,torch.Size): return (list if type(o) is list else tuple)(_encode(v, inside) for v in o)
     raise TypeError(f"a checkpoint cannot hold a {type(o).__name__}")
 
 def _decode(o):
     if isinstance(o, (list,tuple)): return type(o)(map(_decode, o))
     if not isinstance(o, dict): return o
-    if o.keys()=={'_scalars'}: return list(o['_scalars'].unbind())
-    if o.keys()=={'_L'}: return L(_decode(o['_L']))
-    return {k:_decode(v) for k,v in o.items()}
+    if '_kind' not in o: return {k:_decode(v) for k,v in o.items()}
+    nm = o['_kind']
+    if nm=='kept': return _Kept(o['v'])
+    v = _decode(o['v'])
+    if nm=='enum': return _class_of(v[:2], enum.Enum)[v[2]]
+    if nm=='fields': return tuple.__new__(_class_of(v[:2], tuple), v[2])
+    if nm=='class': return _class_of(v, object)
+    if nm=='number': return _from_npy(v)[()]
+    if nm=='array': return _from_npy(v)
+    if nm=='numbers': return list(_from_npy(v))
+    if nm=='scalars': return list(v.unbind())
+    if nm=='objects':
+        res = np.empty(len(v[1]), dtype=object)
+        res[:] = v[1]
+        return res.reshape(v[0])
+    return _kinds[nm][2](v)
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00009
 _format = 'ressl_fastai checkpoint'
@@ -123,6 +210,9 @@ def _show(o):
     if isinstance(o, (list,tuple,L)): return f"({', '.join(map(_show, o))})"
     if isinstance(o, (np.generic,np.ndarray)): return _show(o.tolist())
     if isinstance(o, float): return f'{o:.6g}'
+    f = o.func if isinstance(o, partial) else o
+    mine = isinstance(f, (FunctionType,MethodType)) and not is_library(f.__module__)
+    if mine: return f'{f.__qualname__} {digest(o, 3)}'
     text = re.sub(' at 0x[0-9a-fA-F]+', '', repr(o))
     if ' object' not in text: return text
     return f"{type(o).__name__}({', '.join(f'{k}={_show(v)}' for k,v in vars(o).items() if _small(v))})"
@@ -130,57 +220,209 @@ def _show(o):
 def _curve(f): return [f(i/4) for i in range(5)] if callable(f) else f
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00016
-def _layers(mlp): return ' '.join(f'{type(m).__name__}({m.out_features})' if hasattr(m, 'out_features') else type(m).__name__ for m in mlp)
+def _layers(mlp):
+    def one(m): return type(m).__name__+(f'({m.out_features})' if hasattr(m, 'out_features') else '')
+    return ' '.join(map(one, mlp))
 
 def _model_settings(net):
     res = dict(model=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()))
     if not isinstance(net, ReSSLModel): return res
     enc,queue = net.encoder,net.queue
     n_splits = {m.n_splits for m in net.modules() if hasattr(m, 'n_splits')}
-    return {**res, **{k:getattr(enc, k) for k in ('arch','stem','n_in') if hasattr(enc, k)}, 'queue_size':queue.size, 'dim':queue.feats.shape[1],
-            'queue_dtype':queue.feats.dtype, 'projector':_layers(net.projector), 'predictor':_layers(net.predictor), 'n_splits':sorted(n_splits)}
+    res |= {k:getattr(enc, k) for k in ('arch','stem','n_in') if hasattr(enc, k)}
+    return res | dict(queue_size=queue.size, dim=queue.feats.shape[1], queue_dtype=queue.feats.dtype,
+                      projector=_layers(net.projector), predictor=_layers(net.predictor), n_splits=sorted(n_splits))
+
+def _measured(norm):
+    "Whether its numbers come from images: from `ressl_learner`, or from fastai and a first batch, as a `TensorImage`"
+    return getattr(norm, 'measured', False) or isinstance(norm.mean, TensorImage)
 
 def _data_settings(dls):
     norm = get_normalize(dls)
-    return dict(training_images=getattr(dls.train, 'n', None) or len(dls.train), normalize=norm and [o.flatten().tolist() for o in (norm.mean,norm.std)],
+    stats = norm and ('measured' if _measured(norm) else [o.flatten().tolist() for o in (norm.mean,norm.std)])
+    return dict(training_images=getattr(dls.train, 'n', None) or len(dls.train), normalize=stats,
                 **{k:getattr(dls.train, k) for k in ('bs','drop_last','shuffle') if hasattr(dls.train, k)})
 
 def _settings(learn):
     "What the course of a fit depends on, by name, as text"
     scheds = {k:f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
     hypers = {k:[h[k] for h in learn.opt.hypers] for k in learn.opt.hypers[0] if k not in scheds}
-    res = dict(n_epoch=learn.n_epoch, **_model_settings(get_model(learn.model)), **_data_settings(learn.dls), opt_func=learn.opt_func, **hypers)
+    res = dict(n_epoch=learn.n_epoch, **_model_settings(get_model(learn.model)), **_data_settings(learn.dls),
+               opt_func=learn.opt_func, loss_func=learn.loss_func, frozen=getattr(learn.opt, 'frozen_idx', 0), **hypers)
     res |= {f'schedule of {k}':_curve(f) for k,f in scheds.items()}
     for cb in learn.cbs:
-        if isinstance(cb, ReSSL): res |= {k:_curve(v) if k.startswith('teacher') else v for k,v in _arguments(cb).items()}
-        elif isinstance(cb, (DevicePrecision,MixedPrecision,GradientAccumulation,GradientClip)): res |= {f'{cb.name}.{k}':v for k,v in _arguments(cb).items()}
+        given = _arguments(cb)
+        if isinstance(cb, ReSSL): res |= {k:_curve(v) if k.startswith('teacher') else v for k,v in given.items()}
+        elif isinstance(cb, (DevicePrecision,MixedPrecision,GradientAccumulation,GradientClip)):
+            res |= {f'{cb.name}.{k}':v for k,v in given.items()}
     return {k:_show(v) for k,v in res.items()}
 
 def _differences(old, new):
-    return [f"{k}: in the checkpoint {old.get(k, 'nothing')}, now {new.get(k, 'nothing')}" for k in {**old, **new} if old.get(k)!=new.get(k)]
+    def said(k): return f"{k}: in the checkpoint {old.get(k, 'nothing')}, now {new.get(k, 'nothing')}"
+    return [said(k) for k in {**old, **new} if old.get(k)!=new.get(k)]
+
+# %% ../nbs/07a_checkpoint.ipynb #c7a00051
+def _data(learn):
+    "Who is in which set, what the files and labels are, by which transforms, in a form that can be kept"
+    items,norm = item_fingerprints(learn.dls),get_normalize(learn.dls)
+    parts = data_fingerprint(learn.dls, items)
+    parts = {k:v for k,v in parts.items() if k in ('kind','classes') or k.endswith('transforms')}
+    def tensors(df): return {k:torch.from_numpy(df[k].to_numpy(copy=True)) for k in ('item','size','bytes','label')}
+    return dict(parts=parts, items=list(map(tensors, items)),
+                normalize=[o.cpu() for o in (norm.mean,norm.std)] if norm and _measured(norm) else None)
+
+def _together(data): return {k:torch.cat([o[k] for o in data['items']]) for k in data['items'][0]}
+
+def _name(dls, i):
+    "What the `i`th item of all sets is called"
+    for dl in dls.loaders:
+        items = getattr(dl.dataset, 'items', range(dl.n or 0))
+        if i<len(items): return f'row {items.index[i]}' if isinstance(items, pd.DataFrame) else str(items[i])
+        i -= len(items)
+
+def _matched(old, new):
+    "Where among `new` each of `old` is, equal ones in their order"
+    res = torch.empty_like(old)
+    res[old.argsort(stable=True)] = new.argsort(stable=True)
+    return res
+
+def _other_data(dls, old, new):
+    "In words: what is other data than that of the checkpoint; who is in which set does not count"
+    res,a,b = _differences(old['parts'], new['parts']),_together(old),_together(new)
+    def named(idxs): return ', '.join(_name(dls, int(i)) for i in idxs[:3])+(' ...' if len(idxs)>3 else '')
+    if not torch.equal(a['item'].sort()[0], b['item'].sort()[0]):
+        more = (~torch.isin(b['item'], a['item'])).nonzero()[:,0]
+        gone = int((~torch.isin(a['item'], b['item'])).sum())
+        how = f"{len(more)} are new{': '*bool(len(more))}{named(more)}, {gone} are gone"
+        return [f"images: {len(a['item'])} in the checkpoint, now {len(b['item'])} ({how})", *res]
+    at = _matched(a['item'], b['item'])
+    b = {k:v[at] for k,v in b.items()}
+    changed = (a['size']!=b['size']) | (a['bytes']!=b['bytes']) & (a['bytes']!=0) & (b['bytes']!=0)
+    for what,wrong in (('images',changed), ('labels',a['label']!=b['label'])):
+        n = int(wrong.sum())
+        if n: res.append(f"{what}: {n} of {len(wrong)} are not what they were ({named(at[wrong])})")
+    return res
+
+# %% ../nbs/07a_checkpoint.ipynb #c7a00052
+def _divided(dls, parts):
+    "Give each loader the items with the numbers in its part, counted over all loaders"
+    def plain(dl): return type(dl).__name__ in ('TfmdDL','TensorDL') and dl.n==len(dl.dataset)
+    if not all(map(plain, dls.loaders)): raise ValueError(
+        "the images are divided otherwise than in the checkpoint, and loaders that weigh or choose items cannot be divided "
+        "again: use a splitter with a seed, or another folder for another fit")
+    def pooled(lists): return pd.concat(lists) if isinstance(lists[0], pd.DataFrame) else [o for l in lists for o in l]
+    def taken(pool, part):
+        part = part.tolist()
+        return pool.iloc[part] if isinstance(pool, pd.DataFrame) else [pool[i] for i in part]
+    def tls(dl): return dl.dataset.tls if isinstance(dl.dataset, Datasets) else [dl.dataset]
+    items = [pooled([o.items for o in same]) for same in zip(*map(tls, dls.loaders))]
+    in_memory = [(dl.rows,*dl.targets) for dl in dls.loaders if getattr(dl, 'images', None) is not None]
+    for dl,part in zip(dls.loaders, parts):
+        new = [tl._new(taken(o, part), split_idx=tl.split_idx) for tl,o in zip(tls(dl), items)]
+        dl.dataset = Datasets(tls=new, n_inp=dl.dataset.n_inp) if isinstance(dl.dataset, Datasets) else new[0]
+        dl.n = len(part)
+        if in_memory: dl.rows,*dl.targets = [torch.cat(t)[part] for t in zip(*in_memory)]
+
+def _continue_data(dls, old, new):
+    "The split, the order and the measured normalisation of the checkpoint; a word about it, None if all is as it was"
+    norm = get_normalize(dls)
+    if norm and old['normalize'] and _measured(norm):
+        for f in (f for dl in dls.loaders for f in dl.after_batch.fs if isinstance(f, type(norm))):
+            f.mean,f.std = (s.to(o.device).as_subclass(type(o)) for s,o in zip(old['normalize'], (f.mean,f.std)))
+    sets = [(a['item'],b['item']) for a,b in zip(old['items'], new['items'])]
+    if len(old['items'])==len(new['items']) and all(torch.equal(a, b) for a,b in sets): return
+    at = _matched(_together(old)['item'], _together(new)['item'])
+    _divided(dls, at.split([len(o['item']) for o in old['items']]))
+    if all(torch.equal(a.sort()[0], b.sort()[0]) for a,b in sets): return "the images in the order of the checkpoint"
+    return "training and validation images as in the checkpoint, these were divided anew (give the splitter a seed)"
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00018
 def _others(learn):
     "What has a memory beside model and optimizer, by name"
-    rec,cbs = learn.recorder,[cb for cb in learn.cbs if not isinstance(cb, Checkpoint)]
-    objs = [*cbs, rec.smooth_loss, *(learn.metrics if rec.train_metrics else [])]
+    objs = [*(cb for cb in learn.cbs if not isinstance(cb, Checkpoint)), learn.recorder.smooth_loss, *learn.metrics]
     names = [o.name for o in objs]
     return {f'{nm} {names[:i].count(nm)}':o for i,(nm,o) in enumerate(zip(names, objs))}
 
-def _memory(o):
-    "The numbers, texts and collections of these that `o` keeps, without what it was made with"
-    given = {'run', *_arguments(o)}
-    return {k:v for k,v in vars(o).items() if k not in given and _small(v)}
+_generators = torch.Generator,np.random.Generator,np.random.RandomState,np.random.BitGenerator,random.Random
+
+def _memory(o, most=2**24):
+    "What `o` keeps, encoded, without what it was made with; and the names of what cannot be kept"
+    given = {'learn','run',*(k for k in _arguments(o) if k not in assigned_later(type(o)))}
+    of_a_batch = [k for k in getattr(o, '_stateattrs', ()) if isinstance(vars(o).get(k), Tensor)]
+    def is_memory(k, v):
+        if k in given or k in of_a_batch or isinstance(v, _generators): return False
+        return isinstance(v, type) or not callable(v)
+    res,lost = {},{}
+    for k,v in vars(o).items():
+        if not is_memory(k, v): continue
+        try: kept = _encode(v)
+        except (TypeError,ValueError,RecursionError): lost[k] = type(v).__name__
+        else:
+            if _bytes(kept)>most: lost[k] = 'large'
+            else: res[k] = {'v':kept, 'device':_device(kept)}
+    return res,lost
+
+def _tensors(o):
+    if isinstance(o, Tensor): yield o
+    for v in o.values() if isinstance(o, dict) else o if isinstance(o, (list,tuple)) else (): yield from _tensors(v)
+
+def _bytes(o): return sum(t.nbytes for t in _tensors(o))
+
+def _device(o): return next((t.device.type for t in _tensors(o) if t.device.type!='cpu'), None)
+
+def _remember(o, memory, device):
+    "Give `o` back what it kept"
+    for k,kept in memory.items():
+        try: v = _decode(kept['v'])
+        except ValueError as e: print(f"{type(o).__name__}.{k} begins anew: {e}")
+        else: vars(o)[k] = to_device(v, device) if kept['device'] else v
+
+# %% ../nbs/07a_checkpoint.ipynb #c7a00053
+def _find_generators(o, depth=6, seen=None):
+    "Generators of random numbers that `o` holds: in collections, attributes, partials and closures"
+    seen = {} if seen is None else seen
+    if depth==0 or id(o) in seen or isinstance(o, (type,str,Tensor,np.ndarray,nn.Module,DataLoader,Learner)): return
+    seen[id(o)] = o
+    if isinstance(o, _generators):
+        yield o
+        return
+    if isinstance(o, dict): inner = o.values()
+    elif isinstance(o, (list,tuple,L)): inner = o if len(o)<1000 else ()
+    elif isinstance(o, partial): inner = (o.func,o.args,o.keywords)
+    elif isinstance(o, FunctionType): inner = [c.cell_contents for c in o.__closure__ or () if c!=CellType()]
+    elif isinstance(o, MethodType): inner = (o.__self__,)
+    else: inner = [v for k,v in getattr(o, '__dict__', {}).items() if not isinstance(v, Callback)]
+    for v in inner: yield from _find_generators(v, depth-1, seen)
+
+def _all_generators(learn):
+    events = 'after_item','before_batch','after_batch'
+    tfms = [f for dl in learn.dls.loaders for nm in events for f in getattr(getattr(dl, nm, None), 'fs', ())]
+    cbs,seen = [cb for cb in learn.cbs if not isinstance(cb, Checkpoint)],{}
+    return [g for o in (*cbs,*tfms) for g in _find_generators(o, seen=seen)]
+
+def _generator_state(g, state=None):
+    "The state of a generator, or give it one"
+    if isinstance(g, torch.Generator): return g.get_state() if state is None else g.set_state(state)
+    if isinstance(g, np.random.RandomState): return g.get_state(legacy=False) if state is None else g.set_state(state)
+    if isinstance(g, random.Random): return g.getstate() if state is None else g.setstate(state)
+    g = getattr(g, 'bit_generator', g)
+    if state is None: return g.state
+    g.state = state
 
 def _random(learn):
-    "Random states of the process and of the DataLoaders"
-    return dict(process=get_random_states(), dls=[dl.rng.getstate() for dl in _dls(learn)])
+    "Random states of the process, of the DataLoaders and of generators"
+    return dict(process=get_random_states(), dls=[dl.rng.getstate() for dl in _dls(learn)],
+                generators=list(map(_generator_state, _all_generators(learn))))
+
+def _set_generators(learn, state):
+    for g,o in zip(_all_generators(learn), state.get('generators', [])): _generator_state(g, o)
 
 def _set_random(learn, state):
     set_random_states(**state['process'])
-    for dl,o in zip(_dls(learn), state['dls']): dl.rng.setstate(o)
+    for dl,o in zip(_dls(learn)[::-1], state['dls'][::-1]): dl.rng.setstate(o)  # between fits there is no `learn.dl`
+    _set_generators(learn, state)
 
-def _dls(learn): return [dl for dl in (learn.dl, *learn.dls.loaders) if hasattr(dl, 'rng')]
+def _dls(learn): return [dl for dl in (vars(learn).get('dl'), *learn.dls.loaders) if hasattr(dl, 'rng')]
 
 # %% ../nbs/07a_checkpoint.ipynb #c7a00019
 def _grads(net): return [None if p.grad is None else p.grad if p.grad.any() else 0 for p in net.parameters()]
@@ -191,8 +433,9 @@ def _set_grads(net, grads):
 def _training_state(learn):
     "Everything that is not random"
     net,scaler = get_model(learn.model),getattr(learn, 'scaler', None)
-    return dict(model=net.state_dict(), grads=_grads(net), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(),
-                keys=learn.ressl.keys if hasattr(learn, 'ressl') else [], others={k:_memory(o) for k,o in _others(learn).items()},
+    return dict(model=dict(net.state_dict()), grads=_grads(net), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(),
+                keys=learn.ressl.keys if hasattr(learn, 'ressl') else [],
+                others={k:_Kept(_memory(o)[0]) for k,o in _others(learn).items()},
                 train_iter=learn.train_iter, pct_train=learn.pct_train, time=time.time())
 
 def _set_training_state(learn, state):
@@ -205,12 +448,43 @@ def _set_training_state(learn, state):
     _set_memory(learn, state)
 
 def _set_memory(learn, state):
-    for k,o in _others(learn).items(): vars(o).update(state['others'].get(k, {}))
-    if hasattr(learn, 'ressl'): learn.ressl.keys = list(to_device(state['keys'], next(learn.model.parameters()).device))
+    device = next(learn.model.parameters()).device
+    for k,o in _others(learn).items():
+        if k in state['others']: _remember(o, state['others'][k].plain, device)
+    if hasattr(learn, 'ressl'): learn.ressl.keys = list(to_device(state['keys'], device))
     learn.train_iter,learn.pct_train = state['train_iter'],state['pct_train']
     if hasattr(learn.recorder, 'start_epoch'): learn.recorder.start_epoch += time.time()-state['time']  # time between does not count
 
+# %% ../nbs/07a_checkpoint.ipynb #c7a00055
+def _csvs(learn):
+    "Loggers whose file is open"
+    return [cb for cb in learn.cbs if isinstance(cb, CSVLogger) and hasattr(cb, 'file') and not cb.file.closed]
+
+def _csv_starts(learn): return [cb.file.tell() if cb.append else None for cb in _csvs(learn)]
+
+def _continue_csvs(learn, starts):
+    "Cut off what the fit had appended after its header; where the rows begin"
+    for cb,start in zip(_csvs(learn), starts):
+        if cb.append and start is not None and start<=cb.file.tell(): cb.file.truncate(start)
+    return starts
+
+def _restore_csvs(learn, rows):
+    "As if this fit had never begun"
+    for cb in _csvs(learn):
+        header = ','.join(cb.recorder.metric_names)+'\n'
+        if cb.append: cb.file.truncate(cb.file.tell()-len(header.encode()))
+        else: cb.file.writelines(','.join(map(str, row))+'\n' for row in rows)
+        cb.file.flush()
+
+def _end_logging(learn):
+    "Undo what callbacks of an interrupted fit put in the place of `learn.logger`"
+    while isinstance(cb := getattr(learn.logger, '__self__', None), Callback) and 'old_logger' in vars(cb):
+        if isinstance(cb, CSVLogger): cb.file.close()
+        learn.logger = cb.old_logger if cb.old_logger is not learn.logger else print
+
 # %% ../nbs/07a_checkpoint.ipynb #c7a00021
+_locks = {}  # by folder: one of this process is closed before another is opened, since closing would free both
+
 class Checkpoint(Callback):
     "Keep the state of a fit on disk, and continue from it"
     order,run_valid = math.inf,False
@@ -218,34 +492,66 @@ class Checkpoint(Callback):
         folder:str|Path, # Folder for this one fit: a name in `learn.path/learn.model_dir`, or an absolute path
         every:int=None # Steps between checkpoints within an epoch; default: only between epochs
     ):
-        if every is not None and (not isinstance(every, int) or every<1): raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        if every is not None and (not isinstance(every, int) or every<1):
+            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         store_attr()
+        self.n_fits,self.where,self.paused = 0,None,[]
         self._reset()
 
-    def _reset(self): self.rows,self.files,self.paused,self.state,self.to_skip,self.trained = [],[],[],None,0,False
+    def _reset(self): self.rows,self.files,self.state,self.to_skip,self.trained,self.lost = [],[],None,0,False,set()
+
+    @property
+    def learn(self): return vars(self).get('_learn')
+    @learn.setter
+    def learn(self, learn):
+        "fastai takes a fit's callbacks away when it ends, also by an error or Ctrl-C"
+        if learn is None: self._let_go()
+        vars(self)['_learn'] = learn
+
+    def _let_go(self):
+        "Others go on, the folder is free, rows are written where they were before the fit"
+        self._go_on()
+        if lock := _locks.pop(self.where, None): lock.close()
+        if self.where is not None: _end_logging(self.learn)
+        self.where = None
 
     def before_fit(self):
-        "Continue from the last good checkpoint, if there is one and its settings are those of this fit"
+        "Continue from the last good checkpoint, if there is one and its settings and data are those of this fit"
         self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())  # fastai locks for `validate` and `get_preds`
         if not self.run: return
-        if num_distrib()>1: raise ValueError("Checkpoint keeps the random states of one process: it cannot be used in distributed training")
+        if num_distrib()>1:
+            raise ValueError("Checkpoint keeps the random states of one process: it cannot be used in distributed training")
+        for cb in L(self._go_on()).sorted('order'): cb('before_fit')  # a fit before was interrupted while they paused
         self._reset()
-        self.where,self.settings = self.learn.path/self.learn.model_dir/self.folder,_settings(self.learn)
-        self.lock_file = hold(self.where)
+        folder = Path(self.folder)
+        if self.n_fits: folder = folder.with_name(f'{folder.name}-{self.n_fits+1}')
+        self.where = (self.learn.path/self.learn.model_dir/folder).absolute()
+        if lock := _locks.pop(self.where, None): lock.close()
+        _locks[self.where] = hold(self.where)
+        self.settings,self.kept_data,self.csv = _settings(self.learn),_data(self.learn),_csv_starts(self.learn)
         file,state = last_checkpoint(self.where)
         if state: self._continue(file, state)
 
     def _continue(self, file, state):
-        if wrong := _differences(state['settings'], self.settings): raise ValueError(
-            f"{file} is from a fit with other settings: {'; '.join(wrong)}. Use these again, or another folder for another fit")
+        wrong = _differences(state['settings'], self.settings)
+        if 'data' in state: wrong += _other_data(self.learn.dls, state['data'], self.kept_data)
+        if wrong:
+            _restore_csvs(self.learn, state['rows'])
+            raise ValueError(f"{file} is from a fit with other settings: {'; '.join(wrong)}. "
+                             "Use these again, or another folder for another fit")
+        said = None
+        if 'data' in state:
+            said = _continue_data(self.learn.dls, state['data'], self.kept_data)
+            self.kept_data = state['data']
         _set_training_state(self.learn, state['training'])
         self.state,self.files,self.rows = state,[file],state['rows']
+        self.csv = _continue_csvs(self.learn, state.get('csv', []))
         for row in self.rows: self.learn.logger(row)
         if state['epoch']==self.n_epoch:
-            set_random_states(**state['random']['process'])
+            _set_random(self.learn, state['random'])
             print(f"nothing to do: {file} is the end of this fit. To train again, use another folder")
             raise CancelFitException
-        print(f"continuing from {file}")
+        print(f"continuing from {file}{' with '+said if said else ''}")
         if state['epoch']>0: self._pause()
 
     def before_epoch(self):
@@ -274,6 +580,7 @@ class Checkpoint(Callback):
             self.to_skip = 0
             self._go_on()
             set_random_states(**self.random['process'])
+            _set_generators(self.learn, self.random)
         elif self.every and self.train_iter%self.every==0: self._save(self.epoch, self.iter+1)
 
     def after_train(self): self.trained = True
@@ -285,19 +592,30 @@ class Checkpoint(Callback):
         if self.epoch+1==self.n_epoch: self._save(self.n_epoch, 0)
 
     def after_fit(self):
-        if self.lock_file: self.lock_file.close()
+        self.n_fits += 1
+        if lock := _locks.pop(self.where, None): lock.close()
 
     def _pause(self):
-        self.paused = [cb for cb in self.learn.cbs if cb.run and cb is not self]
+        self.paused = [cb for cb in self.learn.cbs if cb.run and not isinstance(cb, (Checkpoint,ProgressCallback))]
         for cb in self.paused: cb.run = False
 
     def _go_on(self):
-        for cb in self.paused: cb.run = True
-        self.paused = []
+        "The callbacks that paused"
+        paused,self.paused = self.paused,[]
+        for cb in paused: cb.run = True
+        return paused
 
     def _save(self, epoch, batch):
         file = self.where/f'epoch_{epoch:04}_batch_{batch:06}.pth'
-        write_checkpoint(file, dict(epoch=epoch, batch=batch, settings=self.settings, rows=self.rows, training=_training_state(self.learn),
-                                    start=self.start, random=_random(self.learn)))
+        self._say_what_is_lost()
+        fit = dict(settings=self.settings, data=self.kept_data, rows=self.rows, csv=self.csv, start=self.start)
+        write_checkpoint(file, dict(epoch=epoch, batch=batch, **fit, training=_training_state(self.learn), random=_random(self.learn)))
         self.files = [*(o for o in self.files if o!=file), file][-2:]
         _delete_others(self.where, self.files)
+
+    def _say_what_is_lost(self):
+        "Once, of callbacks that are the user's own"
+        mine = [cb for cb in self.learn.cbs if not is_library(type(cb).__module__)]
+        new = {f'{type(cb).__name__}.{k} ({why})' for cb in mine for k,why in _memory(cb)[1].items()}-self.lost
+        self.lost |= new
+        if new: print(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")

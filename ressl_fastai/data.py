@@ -28,14 +28,16 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fasttransform import Pipeline, compose_tfms
+from fasttransform import Pipeline, Transform, compose_tfms
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from .views import clean_dl, send
+from .images import channels_last
+from .views import _send, clean_dl
+
 
 # %% ../nbs/10_data.ipynb #a0d10002
 def _items(dataset): return getattr(dataset, 'items', None)
@@ -74,7 +76,7 @@ class TensorDL(TfmdDL):
         kept = self.images.device
         device = kept if kept.type!='cpu' else self.device or kept
         if device.type=='cpu' or get_worker_info() is not None: return self.images[rows],*targets
-        there,*targets = send([rows, *targets], device)
+        there,*targets = _send([rows, *targets], device)
         return self.images[there] if kept.type!='cpu' else _fetch(self.images, rows, device),*targets
 
     def __repr__(self):
@@ -107,9 +109,9 @@ def _as_images(x):
     x = torch.as_tensor(x)
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4 or not len(x): raise ValueError(f"x must hold images, (n, h, w), (n, h, w, c) or (n, c, h, w), got shape {tuple(x.shape)}")
-    first,last = x.shape[1],x.shape[3]
-    if first==last: raise ValueError(f"the channels of x must be fewer than rows or columns, got shape {tuple(x.shape)}: add or move an axis")
-    x = x if first<last else x.permute(0,3,1,2)
+    last = channels_last(x.shape)
+    if last is None: raise ValueError(f"the channels of x must differ in number from rows and columns, got shape {tuple(x.shape)}: add or move an axis")
+    if last: x = x.permute(0,3,1,2)
     if x.dtype!=torch.uint8 and not (x.is_floating_point() and x.min()>=0 and x.max()<=1):
         raise ValueError(f"x must be uint8 or floats in [0, 1], got {x.dtype} from {x.min().item():.3g} to {x.max().item():.3g}")
     return x
@@ -123,10 +125,14 @@ class _Rows:
 
 def _to_image(x): return x if isinstance(x, TensorImage) else TensorImage(x)
 
+class _ToFloat32(Transform):
+    "What networks compute in, whatever the array holds"
+    def encodes(self, x:TensorImage): return x.float()
+
 def _image_block(x):
     "How single images of `x` become fastai's, and where they come from: PIL images where PIL can, tensors otherwise"
     if x.dtype!=torch.uint8 or x.shape[1] not in (1,3):
-        return TransformBlock(type_tfms=_to_image, batch_tfms=IntToFloatTensor if x.dtype==torch.uint8 else None),x
+        return TransformBlock(type_tfms=_to_image, batch_tfms={torch.uint8:IntToFloatTensor, torch.float32:None}.get(x.dtype, _ToFloat32)),x
     if x.shape[1]==1: return ImageBlock(PILImageBW),x[:,0].numpy()
     return ImageBlock(PILImage),x.permute(0,2,3,1).numpy()
 

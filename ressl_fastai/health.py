@@ -73,7 +73,7 @@ def effective_rank(
     "Exponential of the entropy of the singular values"
     if not z.isfinite().all(): return z.new_tensor(math.nan)
     s = torch.linalg.svdvals(z.float())
-    return entropy(s/s.sum()).exp()
+    return entropy(s/s.sum().clamp(min=1e-30)).exp()
 
 # %% ../nbs/05b_health.ipynb #h22dist
 def _norm(ps): return torch.stack(torch._foreach_norm(ps)).norm()
@@ -203,6 +203,8 @@ class HealthMonitor(Callback):
         "Its columns come after the metrics; `lr_find`, `validate` and `get_preds` measure nothing"
         self.active,self.new_fit,self.images = False,True,None
         self.wanted = hasattr(self.learn, 'ressl') and hasattr(self.learn, 'recorder') and not hasattr(self.learn, 'lr_finder')
+        if self.wanted and self.learn.dls.valid.n==0:
+            raise ValueError("HealthMonitor measures on validation images, dls holds none out: split some off, or train without it")
         if self.wanted: self.recorder.metric_names = _insert(self.recorder.metric_names, self.columns, self.recorder.add_time)
 
     def before_train(self):

@@ -79,7 +79,8 @@ def _features(
 ) -> tuple: # `dl`, features (n, nf), classes (n,) or None without one class per image
     dl,model = ifnone(dl, learn.dls.train),get_model(learn.model)
     if not hasattr(model, 'encoder'): raise ValueError(f"learn must have a model with an encoder, as ressl_learner makes, its model is a {type(model).__name__}")
-    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable")
+    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable: of a learner that was exported, "
+        "or without training images, give dl=learn.dls.test_dl(files)")
     x,y = embed(learn, dl, teacher) if features is None else features
     if len(x)!=dl.n: raise ValueError(f"features must be those of dl's {dl.n} images, got {len(x)}: use embed(learn, dl)")
     return dl,x.as_subclass(Tensor),_classes(y)
@@ -95,6 +96,7 @@ def _classes(y): return y.as_subclass(Tensor) if isinstance(y, Tensor) and y.ndi
 
 def _name(dl, c):
     "What class `c` is called"
+    if c<0: return 'no label'
     vocab = getattr(dl, 'vocab', None)
     return str(int(c)) if vocab is None else str(vocab[int(c)])
 
@@ -158,7 +160,7 @@ def show_neighbors(
         others = [(j,c) for j,c in zip(row, cos) if j!=i][:k]
         shown += [i]+[j for j,_ in others]
         titles += ['image' if y is None else _short(_name(dl, y[i]))] + [f'{c:.2f}' if y is None else named(y[j], c) for j,c in others]
-        colors += [None] + [None if y is None else 'tab:green' if y[i]==y[j] else 'tab:red' for j,_ in others]
+        colors += [None] + [None if y is None or min(y[i], y[j])<0 else 'tab:green' if y[i]==y[j] else 'tab:red' for j,_ in others]
     show_items(dl, shown, titles, colors, len(others)+1, imsize)
 
 # %% ../nbs/11_interpret.ipynb #237a95b0
@@ -172,10 +174,10 @@ def _as_saved(learn, file):
 
 def _embeddings(learn, dl, teacher, features=None):
     "(n, dim) embeddings of clean images as the loss compares them"
+    if features is None: return embed(learn, dl, teacher, projected=True)[0].as_subclass(Tensor)
     model = get_model(learn.model)
     head = model.teacher[1:] if teacher else nn.Sequential(model.projector, model.predictor, model.norm)
-    x = (embed(learn, dl, teacher) if features is None else features)[0]
-    return deepcopy(head).cpu().eval()(x.as_subclass(Tensor))
+    return deepcopy(head).cpu().eval()(features[0].as_subclass(Tensor))
 
 def _to_others(z, bank, idx, temp):
     others = torch.arange(len(bank))!=idx
@@ -218,6 +220,8 @@ def show_relations(self:Learner,
 def _project(x, method, seed):
     "(n, 2) coordinates"
     x = F.normalize(x, dim=1).numpy()
+    if np.ptp(x, 0).max()<1e-6: raise ValueError(  # scikit-learn's t-SNE would end the process
+        f"the {len(x)} images must differ, all have the same features: the images are the same, or the encoder has collapsed")
     if method=='pca': return PCA(2, random_state=seed).fit_transform(x)
     if method=='tsne': return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
     if method!='umap': raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")
@@ -323,12 +327,26 @@ def typiclust(
     return df.head(n)[['index','cluster','size','typicality']].reset_index(drop=True)
 
 # %% ../nbs/11_interpret.ipynb #909b96be
+def _keys(items, labelled):
+    "What tells the items apart, as texts: the items themselves, or the column of a table that holds `labelled`"
+    if not hasattr(items, 'iloc'): return list(map(str, items))
+    columns = [items[c].map(str) for c in items if items[c].is_unique]
+    return max(columns, key=lambda c: c.isin(list(map(str, labelled))).sum(), default=items.index.map(str)).tolist()
+
+def _rows(items, table):
+    "The rows of `table` by the column that tells the items apart, or by their positions if `suggest_labels` made it"
+    if {'index','typicality'} <= set(table): return table['index'].tolist()
+    column = next((c for c in table if c in items and items[c].is_unique), None) if hasattr(items, 'iloc') else 'path' if 'path' in table else None
+    if column is None: raise ValueError(f"labelled must have a column that tells the images of dl apart, it has {', '.join(map(str, table))}")
+    return table[column].tolist()
+
 def _positions(dl, labelled):
-    "Positions in `dl` of what has a label: positions already, or items such as paths"
-    labelled = list(labelled)
+    "Positions in `dl` of what has a label: positions already, items such as paths, or rows of a table"
+    items = dl.items
+    labelled = _rows(items, labelled) if isinstance(labelled, pd.DataFrame) else list(labelled)
     if not labelled: return labelled
     if not all(isinstance(o, Integral) for o in labelled):
-        where = {str(o):i for i,o in enumerate(dl.items)}
+        where = {o:i for i,o in enumerate(_keys(items, labelled))}
         unknown = [o for o in labelled if str(o) not in where]
         if unknown: raise ValueError(f"labelled must name images of dl, by position or by path, {unknown[0]!r} is not one")
         return [where[str(o)] for o in labelled]
@@ -338,7 +356,7 @@ def _positions(dl, labelled):
 def suggest_labels(
     learn:Learner, # A `ressl_learner`, or any whose model has an `encoder`
     n:int, # Images wanted
-    labelled:list=(), # Images of `dl` that have a label already: their positions, or their items if those are paths
+    labelled:list=(), # Images of `dl` that have a label already: positions, paths, or rows (or names) of the table that `dl` was made of
     k:int=20, # Neighbours that typicality looks at; at most half a cluster
     seed:int=0, # For k-means
     **kwargs

@@ -16,8 +16,9 @@ __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss'
            'ressl_learner', 'load_encoder']
 
 # %% ../nbs/07_learner.ipynb #bce794fb
+import warnings
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -25,43 +26,36 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import model_sizes
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
-from fastai.optimizer import Adam
-from fastai.torch_core import TensorCategory, get_model, get_random_states, set_random_states
-from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
-from fastai.vision.learner import TimmBody, add_head, default_split, model_meta
+from fastai.torch_core import TensorCategory, get_model, get_random_states, no_random, set_random_states
+from fastai.vision.core import imagenet_stats
+from fastai.vision.learner import add_head, default_split, model_meta
 from fastai.vision.models.unet import DynamicUnet
-from fastcore.basics import ifnone, patch
+from fastcore.basics import first, ifnone, listify, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
 from PIL import Image
 from torch import nn, Tensor
+from torch.func import functional_call
 
 from . import __version__, views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
 from .files import check_writable, read_torch, write_torch
-from .images import naming_bad_file
+from .images import OpenImage, check_channels, look_at_files, set_opener
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
+from .optimizer import FusedAdam
 from .precision import DevicePrecision, choose_precision
 from .views import clean_dl
 
 # %% ../nbs/07_learner.ipynb #2b3c6944
-def _check_depth(ds):
-    "Refuse images of 16 bits where fastai would cut them off at 255"
-    items,item = getattr(ds, 'items', None),ds[0]
-    f = [] if items is None or hasattr(items, 'iloc') else items[:1]  # a table's rows are no files
-    im = item[0] if isinstance(item, tuple) else item
-    if type(im) in (PILImage,PILImageBW) and len(f) and isinstance(f[0], (str,Path)) and Image.open(f[0]).mode.startswith('I'):
-        raise ValueError(f"{f[0]} has 16 bits per pixel, of which {type(im).__name__} keeps what is below 256: use ImageBlock(PILImage16)")
-
 def first_images(
     dls:DataLoaders, # Any fastai vision `DataLoaders`
     n:int=2 # Number of images
@@ -74,10 +68,10 @@ def first_images(
     if total==0: raise ValueError("dls.train is empty")
     idxs = [i*total//min(n,total) for i in range(min(n,total))]
     dl = clean_dl(dls.train, normalize=False, bs=len(idxs), num_workers=0)
-    with naming_bad_file(dls): b = dl.new(get_idxs=lambda: idxs).one_batch()
+    b = dl.new(get_idxs=lambda: idxs).one_batch()
     b = b if isinstance(b, (tuple,list)) else (b,)
     check_images(b[0])
-    _check_depth(dls.train_ds)
+    check_channels(b[0].shape)
     return b
 
 # %% ../nbs/07_learner.ipynb #6b6fb76e
@@ -125,7 +119,12 @@ class ReSSLLearner(Learner):
     def dls(self): return self.__dict__['_dls']
     @dls.setter
     def dls(self, dls):
-        if '_dls' in self.__dict__: _same_normalize(dls, _norm_stats(self.dls), 'the model')
+        if len(dls.loaders)==1:  # fastai validates on the second
+            dls.loaders.append(dls.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
+        set_opener(dls)
+        if '_dls' in self.__dict__:
+            _same_normalize(dls, _norm_stats(self.dls), 'the model')
+            if 'ressl' in self.__dict__ and self.dls.train.n and dls.train.n: _follow(self, dls)
         self.__dict__['_dls'] = dls
 
     def __repr__(self):
@@ -138,9 +137,10 @@ class ReSSLLearner(Learner):
             if 'ressl' in self.__dict__: self.ressl.restore_loss()
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        _check_trackers(self, L(self.cbs)+L(cbs))
         for cb in L(self.cbs)+L(cbs):
             if isinstance(cb, SaveModelCallback): check_writable((self.path/self.model_dir/cb.fname).parent)
-        with naming_bad_file(self.dls): super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
@@ -161,14 +161,18 @@ class ReSSLLearner(Learner):
 
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):
-        "Save what embeds images: the student, without teacher, queue, optimizer and callbacks"
+        "Save what embeds images: the student, without teacher, queue, optimizer and callbacks; `embed` and all that needs features take it"
         model = get_model(self.model)
         learn = ReSSLLearner(self.dls, Embedder(model.encoder, model.projector, model.predictor), loss_func=embedding_loss, path=self.path, model_dir=self.model_dir)
         Learner.export(learn, fname, **kwargs)
 
-    def predict(self, item, rm_type_tfms=None, with_input=False):
-        "The embedding of an image, three times, as fastai gives a prediction decoded and as it is"
-        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
+    def predict(self,
+        item, # Image file, opened image (of PIL, or an array), bytes of a file, or whatever `dls` was made from
+        rm_type_tfms:int=None, # As in fastai
+        with_input:bool=False # Whether the image comes first
+    ) -> tuple: # The embedding (dim,), three times, as fastai gives a prediction decoded and as it is
+        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; its features, for all else, are those of `embed`"
+        dl = self.dls.test_dl([_as_image(self.dls, item)], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
         x,z,_ = self.get_preds(dl=dl, with_input=True)
         return ((x[0],) if with_input else ()) + (z[0],)*3
 
@@ -176,20 +180,71 @@ class ReSSLLearner(Learner):
         "Refused: an embedding is no picture"
         raise ValueError("an embedding cannot be shown beside a target: see show_neighbors for what it finds alike, embed and knn_accuracy for what it is good for")
 
+# %% ../nbs/07_learner.ipynb #a1c0002b
+def _check_views(model, x, bs, **tfms):
+    "Try a training step's forward pass with views of each size, in a batch of two images or of one; no trace of it is left"
+    def size_of(o):
+        if isinstance(o, views.RandomView): return o.size
+        with no_random(): return tuple(o(x.as_subclass(Tensor)).shape[2:])
+    p,net,(c,*size) = next(model.parameters()),model.embedder.train(),x.shape[1:]
+    for nm,fs in tfms.items():
+        for h,w in dict.fromkeys(map(size_of, listify(fs))):
+            buffers = {k:v.clone() for k,v in net.named_buffers()}  # the running statistics stay as they are
+            try:
+                with no_random(), torch.no_grad(): functional_call(net, buffers, x.new_zeros(min(bs, 2), c, h, w).as_subclass(Tensor).to(p))
+            except Exception as e:
+                if bs==1: raise ValueError(f"bs must be at least 2 for {model.encoder.arch} with batch norm, got 1 ({e})") from e
+                raise ValueError(f"{nm} makes views of {h} x {w} pixels, which {model.encoder.arch} cannot be trained with ({e}): give them the size of the images, "
+                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)), or take an architecture for any size (of timm's transformers "
+                    "partial(timm.create_model, name, dynamic_img_size=True))") from e
+
+def _check_trackers(learn, cbs):
+    "fastai's callbacks that watch a value of the progress table count an epoch without one as no better, or end in an error"
+    for cb in cbs.filter(lambda o: isinstance(o, TrackerCallback) and o.monitor!='train_loss' and not getattr(o, 'every_epoch', False)):
+        what = f"{type(cb).__name__} watches {cb.monitor}, which"
+        if learn.dls.valid.n==0: raise ValueError(f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
+        every = max([getattr(m, 'every', 1) for m in learn.metrics if m.name==cb.monitor], default=1)
+        if getattr(cb, 'patience', every)<every: raise ValueError(
+            f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between two values, got {cb.patience}")
+
+def _follow(learn, dls):
+    "`RandomView`s grow with the images of `dls`; what the model cannot be trained with is refused"
+    ressl,enc = learn.ressl,get_model(learn.model).encoder
+    old,x = first_images(learn.dls, 1)[0],first_images(dls)[0]
+    if x.shape[1]!=enc.n_in: raise ValueError(f"dls must have images with {enc.n_in} channels, as the model was made for, got {x.shape[1]}")
+    def resized(o):
+        if not isinstance(o, views.RandomView): return o
+        o = copy(o)
+        o.size = tuple(max(1, round(s*b/a)) for s,a,b in zip(o.size, old.shape[2:], x.shape[2:]))
+        return o
+    strong = [resized(o) for o in listify(ressl.strong_tfms)]
+    new = dict(weak_tfms=resized(ressl.weak_tfms), strong_tfms=strong if isinstance(ressl.strong_tfms, (list,tuple,L)) else strong[0])
+    _check_views(get_model(learn.model), x, dls.train.bs, **new)
+    for nm,o in new.items(): setattr(ressl, nm, o)
+
+def _as_image(dls, item):
+    "An array as PIL's image, whose mode can be changed, if `dls` opens images"
+    pipe = getattr(getattr(dls.train_ds, 'tls', [dls.train_ds])[0], 'tfms', None)
+    if not isinstance(item, np.ndarray) or not any(isinstance(f, OpenImage) for f in getattr(pipe, 'fs', [])): return item
+    try: return Image.fromarray(item)
+    except TypeError as e: raise ValueError(f"an array must be (h, w), (h, w, 3) or (h, w, 4) of uint8, got {item.dtype} of shape {item.shape}") from e
+
 # %% ../nbs/07_learner.ipynb #dbbda297
 def _stats(dls, body, n_in, pretrained):
     "What pretrained weights were trained with; else ImageNet's statistics for three channels, those of the images otherwise"
     if n_in!=3: return image_stats(dls)
-    if pretrained and isinstance(body, TimmBody): return body.model.default_cfg['mean'],body.model.default_cfg['std']
-    return imagenet_stats
+    cfg = first(m.default_cfg for m in body.modules() if hasattr(m, 'default_cfg')) if pretrained else None  # timm's
+    return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
 
 def _norm_stats(dls):
     "Mean and standard deviation that `dls` normalises with, two lists; None without"
     norm = get_normalize(dls)
     return norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std))
 
-def _add_normalize(dls, stats):
-    dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+def _add_normalize(dls, stats, measured=False):
+    norm = Normalize.from_stats(*stats, cuda=False)
+    norm.measured = measured  # on these images: a fit that is continued takes its own along
+    dls.add_tfms([norm], 'after_batch')
     if dls.device is not None: dls.to(dls.device)  # takes the statistics along
 
 def _splitter(body, arch):
@@ -206,7 +261,7 @@ def ressl_splitter(
 
 @delegates(Learner.__init__)
 def ressl_learner(
-    dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; a missing `Normalize` is added
+    dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; images are opened by `open_image`, a missing `Normalize` is added
     arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`
     pretrained:bool=False, # Start from the library's weights
     stem:str='auto', # First layers: 'standard', 'small_pool', 'small' or 'auto'; see `create_encoder`
@@ -229,7 +284,7 @@ def ressl_learner(
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
-    opt_func=Adam, # Optimizer function
+    opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
     precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto', bfloat16 where it pays; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
@@ -239,20 +294,24 @@ def ressl_learner(
     "A learner that trains `arch` on the images of `dls` by relational self-supervised learning (2107.09282)"
     b = first_images(dls)
     size,n_in = tuple(b[0].shape[2:]),b[0].shape[1]
+    if b[0].dtype not in (torch.float32, torch.uint8): raise ValueError(
+        f"images must be float32, or uint8 for IntToFloatTensor, dls gives {b[0].dtype}: convert them where they are opened, as in get_x")
     queue_size = ifnone(queue_size, default_queue_size(dls.train.n))
     if queue_size>dls.train.n: raise ValueError(f"queue_size must be at most the number of training images, {dls.train.n}, got {queue_size}")
     if not len(dls.train): raise ValueError(f"bs={dls.train.bs} is larger than the training set of {dls.train.n} images: no batch would be full")
-    ressl = ReSSL(ifnone(weak_tfms, views.weak_tfms(size)), ifnone(strong_tfms, views.strong_tfms(size)),
-                  teacher_momentum, student_temp, teacher_temp, warmup, shuffle=batch_norm=='split')
+    weak_tfms,strong_tfms = ifnone(weak_tfms, views.weak_tfms(size)),ifnone(strong_tfms, views.strong_tfms(size))
+    ressl = ReSSL(weak_tfms, strong_tfms, teacher_momentum, student_temp, teacher_temp, warmup, shuffle=batch_norm=='split')
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers, projector_bn,
                        predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
+    _check_views(model, b[0], dls.train.bs, weak_tfms=weak_tfms, strong_tfms=strong_tfms)
     set_batch_norm(model, batch_norm, n_splits)
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder)))+L(Guard() if guard else None)+L(cbs)
+    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder, dls.train.bs*size[0]*size[1])))+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
-    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
+    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
+    look_at_files(dls)
     return learn
 
 # %% ../nbs/07_learner.ipynb #28b276cd
@@ -371,7 +430,9 @@ def load_encoder(
     if isinstance(model, DynamicUnet) and old_stem!=state['stem']:
         raise ValueError(f"{file} has stem={state['stem']!r}, this U-Net was built around stem={old_stem!r}: make one with to_unet_learner")
     _check_fit(body if old_stem==state['stem'] else set_stem(deepcopy(body), state['stem']), state, file)
-    if learn: _same_normalize(learn.dls, state['normalize'], file)
+    if learn:
+        _same_normalize(learn.dls, state['normalize'], file)
+        set_opener(learn.dls)
     device = next(body.parameters()).device
     for o in [body] + ([model.teacher[0][0]] if isinstance(model, ReSSLModel) else []):
         set_stem(o, state['stem']).to(device).load_state_dict(state['body'])
@@ -382,11 +443,24 @@ def load_encoder(
     return learner_or_model
 
 # %% ../nbs/07_learner.ipynb #c4a10002
+def _check_labelled(dls):
+    "Refuse what a classifier cannot be trained on, and train on labels that are fewer than a batch"
+    train,n = dls.train,dls.train.n
+    if n==1: raise ValueError("dls.train must hold at least 2 images, it has 1: batch norm needs two to train on")
+    for y in [tl for tl in getattr(train.dataset, 'tls', [])[1:] if hasattr(tl.items, 'iloc')]:
+        missing = sum(isinstance(o, TensorCategory) and bool(o<0) for o in y)
+        if missing: raise ValueError(f"{missing} of the {n} training images have no label: leave these rows of the table out, as in df[df.label.notna()]")
+    if not len(train):
+        train.drop_last = False
+        warnings.warn(f"bs={train.bs} is larger than the training set of {n} images: dls.train now gives all of them in one batch (drop_last=False)")
+
 def _hand_over(learn, dls, teacher):
     "A copy of the encoder that was tried on the images of `dls`, and whether its body gives maps"
+    set_opener(dls)
     (enc,_),x = _pretrained(learn, teacher),first_images(dls)[0]
     if x.shape[1]!=enc.n_in: raise ValueError(f"the encoder was pretrained on images with {enc.n_in} channels, those of dls have {x.shape[1]}")
     enc = Encoder(set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True), enc.arch, enc.n_in, tuple(x.shape[2:]))
+    _check_labelled(dls)
     with torch.no_grad(): return enc,enc[0].eval()(x.to(next(enc.parameters()))).ndim==4
 
 def _n_out(dls, n_out):
@@ -400,7 +474,6 @@ def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
     _same_normalize(dls, _pretrained(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res
-
 
 # %% ../nbs/07_learner.ipynb #c4a10003
 @patch

@@ -178,7 +178,8 @@ def _look(learn, n, command=None):
     try:
         (seen.dl,idxs),(seen.valid,_) = _few(learn.dls.train, n),_few(learn.dls.valid, n)
         seen.names = [_item_name(learn.dls.train, i, learn.dls.path) for i in idxs]
-        seen.features,seen.valid_features,seen.teacher,seen.valid_teacher = (embed(learn, dl, teacher) for teacher in (False,True) for dl in (seen.dl, seen.valid))
+        seen.features,seen.valid_features,seen.teacher,seen.valid_teacher = (embed(learn, dl, teacher) if dl.n else None
+                                                                                for teacher in (False,True) for dl in (seen.dl, seen.valid))
         seen.looked_at = f"{seen.dl.n:,} training and {seen.valid.n:,} validation images, spread evenly; embedded in {perf_counter()-start:.1f} seconds"
         seen.y = _classes(seen.features[1])
     except Exception as e: seen.problem = e
@@ -263,8 +264,9 @@ def _measured(learn, dl):
 def _health(learn, seen):
     if not len(get_model(learn.model).queue.filled): raise ValueError("nothing was trained yet, the queue is empty")
     history = first(o.history for o in learn.cbs if isinstance(o, HealthMonitor) and o.history)
-    now = history[-1] if history else _measured(learn, seen.valid)
-    return dict(text="Measures that need no labels, on clean validation images at the end.",
+    dl,which = (seen.valid,'validation') if seen.valid.n else (seen.dl,'training')
+    now = history[-1] if history else _measured(learn, dl)
+    return dict(text=f"Measures that need no labels, on clean {which} images at the end.",
                 rows=[(nm, f'{v:.4g}', _meaning[nm]) for nm,v in now.items()],
                 figures=[_figure(_lines, nm, nm, **{nm:[o[nm] for o in history]}) for nm in HealthMonitor.names] if history else [],
                 facts=[(nm.replace('_', ' '), f'{now[nm]:.3g}') for nm in ('feature_std','effective_rank')])
@@ -277,6 +279,7 @@ def _pairs(seen):
 
 def _accuracy(learn, seen):
     if seen.y is None: raise ValueError("the images have no labels, or not one each")
+    if not seen.valid.n: raise ValueError("there are no validation images")
     y,pairs = seen.valid_features[1],_pairs(seen)
     knn = {nm:f'{knn_accuracy(a, seen.y, b, y):.3f}' for nm,(a,b) in pairs.items()}
     linear = {nm:linear_accuracy(*_with(seen.y, y, _components(*ab)))['top1'] for nm,ab in pairs.items()}
@@ -289,6 +292,7 @@ def _with(train_y, y, features): return features[0],train_y,features[1],y
 
 def _few_labels(learn, seen):
     if seen.y is None: raise ValueError("the images have no labels, or not one each")
+    if not seen.valid.n: raise ValueError("there are no validation images")
     y,least,res = seen.valid_features[1].numpy(),seen.y.unique(return_counts=True)[1].min(),[]
     for row,nm in (('frozen features','student'), ('raw pixels','raw pixels')):
         a,b = _components(*_pairs(seen)[nm])
