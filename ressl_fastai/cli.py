@@ -37,6 +37,7 @@ from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastcore.foundation import L
 from fastcore.script import CliError, call_parse
+from sklearn.exceptions import ConvergenceWarning
 
 from . import __version__
 from .callback import InfoNCEWarmup
@@ -170,10 +171,10 @@ def _interrupted(path, config):
     "Whether `path` holds a run of `config` that did not come to its end, and that nobody is at"
     kept = path/'checkpoint'
     try:
-        there = json.loads((path/'config.json').read_text())
+        there = json.loads((path/'config.json').read_text(encoding='utf-8'))
         if kept.is_dir() and (lock := hold(kept)): lock.close()
     except (OSError,ValueError): return False
-    return kept.is_dir() and all(there.get(k)==v for k,v in config.items() if k!='versions')
+    return kept.is_dir() and isinstance(there, dict) and all(there.get(k)==v for k,v in config.items() if k!='versions')
 
 def new_folder(
     out:str|Path, # Wished name
@@ -275,7 +276,10 @@ def _in_one_sentence(command):
     run,out = SimpleNamespace(folder=None),sys.stdout
     errors = getattr(out, 'errors', None)
     if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
-    try: yield run
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ConvergenceWarning)
+            yield run
     except CliError: raise
     except KeyboardInterrupt as e:
         print(f'\n{command}: interrupted; {_what_is_kept(run.folder)}', file=sys.stderr)
@@ -430,8 +434,9 @@ def _run(learn, fit, out, config, lock=None, report=True):
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
         _write_json(out/'config.json', config)
     print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}", flush=True)
-    if report: print(f"report:   {learn.report(command=config['command'])}")
+    if report:
+        print(f"report:   {out/'report.html'}, which takes up to a minute", flush=True)
+        learn.report(command=config['command'])
     to_disk(out/'history.csv')
     if lock: lock.close()
     _delete_checkpoint(kept)  # everything else is on the disk now
-

@@ -28,7 +28,7 @@ from . import __version__
 from .cli import _check_numbers, _command, _dls, _folder, _in_one_sentence, _wished, _write_json
 from .evaluate import embed, knn_accuracy, linear_accuracy
 from .files import check_writable, write_text, writing
-from .label_efficiency import label_efficiency, pixel_features, plot_labels, summarize_labels
+from .label_efficiency import _components, label_efficiency, pixel_features, plot_labels, summarize_labels
 from .learner import _read_encoder, first_images, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
 from .views import clean_dl
@@ -96,8 +96,13 @@ def _scores(learn, random_learn, k, protocol, seed):
     train,valid = learn.dls.train,learn.dls.valid
     feats = {'encoder':(embed(learn, train), embed(learn, valid)), 'random encoder':(embed(random_learn, train), embed(random_learn, valid)),
              'raw pixels':(pixel_features(train), pixel_features(valid))}
-    return DataFrame([dict(features=nm, knn=knn_accuracy(*a, *b, k=k), **{f'linear_{t}':v for t,v in linear_accuracy(*a, *b, protocol=protocol, seed=seed).items()
-                           if t.startswith('top')}) for nm,(a,b) in feats.items()]).set_index('features')
+    res = []
+    for nm,((train_x,train_y),(x,y)) in feats.items():
+        knn = knn_accuracy(train_x, train_y, x, y, k=k)
+        if nm=='raw pixels' and x.shape[1]>512: train_x,x = _components(train_x, x)
+        linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
+        res.append(dict(features=nm, knn=knn, **{f'linear_{t}':v for t,v in linear.items() if t.startswith('top')}))
+    return DataFrame(res).set_index('features')
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0011
 @call_parse
