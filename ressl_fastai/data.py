@@ -31,7 +31,7 @@ from fastai.torch_core import TensorImage
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
 from fastcore.meta import delegates
-from fasttransform import Pipeline, Transform, compose_tfms
+from fasttransform import Pipeline, Transform
 from PIL import Image, __version__ as pil_version
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
