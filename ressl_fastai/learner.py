@@ -17,20 +17,24 @@ __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss'
 
 # %% ../nbs/07_learner.ipynb #bce794fb
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import model_sizes
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
+from fastai.optimizer import Optimizer
 from fastai.torch_core import TensorCategory, get_model, get_random_states, no_random, set_random_states
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import add_head, default_split, model_meta
@@ -102,15 +106,43 @@ def embedding_loss(
     return pred.new_zeros(len(pred) if reduction=='none' else ())
 
 # %% ../nbs/07_learner.ipynb #a1c0002a
+def _as_it_is(o):
+    "What `o` has by name; collections are copied, since they are changed in place"
+    return {k:copy(v) if isinstance(v, (list,dict,set,L)) else v for k,v in vars(o).items()}
+
+def _put_back(o, state):
+    vars(o).clear()
+    vars(o).update(state)
+
+def _generators(learn):
+    "Random generators that belong to the views"
+    tfms = [o for cb in learn.cbs if isinstance(cb, ReSSL) for o in (cb.weak_tfms, *L(cb.strong_tfms))]
+    return [g for o in tfms for g in vars(o).values() if isinstance(g, torch.Generator)] if all(hasattr(o, '__dict__') for o in tfms) else []
+
 @contextmanager
 def _unchanged(learn):
-    "Model, optimizer and random state are as before, whatever happens"
-    model,opt,states = deepcopy(get_model(learn.model).state_dict()),learn.opt and deepcopy(learn.opt.state_dict()),get_random_states()
-    try: yield
+    "All but the recorder is as before, whatever happens; what is written goes to a temporary folder"
+    net,cbs = get_model(learn.model),[cb for cb in learn.cbs if not isinstance(cb, Recorder)]
+    model,opt,states = deepcopy(net.state_dict()),learn.opt and deepcopy(learn.opt.state_dict()),get_random_states()
+    grads,modes,half = [p.grad if p.grad is None else p.grad.clone() for p in net.parameters()],[(m,m.training) for m in net.modules()],net.half_dtype
+    objects = [(o,_as_it_is(o)) for o in (learn, *cbs)]
+    generators,loaders = [(g,g.get_state()) for g in _generators(learn)],[(dl,dl.rng.getstate()) for dl in learn.dls.loaders]
+    try:
+        with TemporaryDirectory() as folder:
+            learn.path,learn.model_dir = Path(folder),'.'
+            learn.cbs = learn.cbs.filter(lambda cb: not isinstance(cb, CSVLogger))  # its file may have an absolute path
+            yield
     finally:
-        get_model(learn.model).load_state_dict(model)
-        if opt is None: learn.opt = None
-        else: learn.opt.load_state_dict(opt)
+        for o,state in objects: _put_back(o, state)
+        net.load_state_dict(model)
+        net.half_dtype = half
+        for p,grad in zip(net.parameters(), grads): p.grad = grad
+        for m,mode in modes: m.training = mode
+        if opt is not None:
+            learn.opt.load_state_dict(opt)
+            if isinstance(learn.opt, Optimizer): learn.opt.state = defaultdict(dict, learn.opt.state)  # fastai loads a plain dict
+        for g,state in generators: g.set_state(state)
+        for dl,state in loaders: dl.rng.setstate(state)
         set_random_states(**states)
 
 class ReSSLLearner(Learner):
@@ -144,8 +176,19 @@ class ReSSLLearner(Learner):
 
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
-        "As in fastai, and no trace of it is left"
+        "As in fastai, and no trace of it is left but the curve in `learn.recorder`"
         with _unchanged(self): return super().lr_find(**kwargs)
+
+    def _clean(self, ds_idx, dl): return clean_dl(self.dls.train) if dl is None and ds_idx==0 else dl
+
+    @delegates(Learner.get_preds)
+    def get_preds(self, ds_idx=1, dl=None, **kwargs):
+        "As in fastai, and of clean images also in the training set (`ds_idx=0`)"
+        return super().get_preds(ds_idx, self._clean(ds_idx, dl), **kwargs)
+
+    def validate(self, ds_idx=1, dl=None, cbs=None):
+        "As in fastai, and on clean images also in the training set (`ds_idx=0`)"
+        return super().validate(ds_idx, self._clean(ds_idx, dl), cbs)
 
     def to_fp32(self):
         "Training in float32"
@@ -362,7 +405,9 @@ def save_encoder(self:Learner,
     enc,stats = _pretrained(self, teacher)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem, nf=enc.nf, teacher=teacher,
                  normalize=stats, body=enc[0].state_dict())
-    for k,v in state['body'].items(): state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
+    for k,v in state['body'].items():
+        if fault := _fault(v, v): raise ValueError(f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
+        state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
     return write_torch(_encoder_file(file, self.path/self.model_dir), state)
 
 # %% ../nbs/07_learner.ipynb #167aaf33
