@@ -10,10 +10,12 @@ help:  ## this list
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+# Notebooks and tests compare arithmetic: they run on the CPU, GPUs are hidden (for pytest in tests/conftest.py). What only a GPU shows comes last, skipped without one.
 test: .venv/.ready  ## the gate: notebooks clean, exports in sync, notebooks run, pytest
 	$(BIN)/python tools/check_sync.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations 15 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_cuda.py
 
 demo: .venv/.ready  ## pretrain on scikit-learn's digits, compare kNN accuracies, draw pictures
 	$(BIN)/ressl_pretrain digits --out demo

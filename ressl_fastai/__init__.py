@@ -8,6 +8,8 @@
 - `ressl_fastai.data`: Small images in memory: `DataLoaders` that take a whole batch at once from an array, or from a folder decoded once.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
+- `ressl_fastai.files`: One way to write files, one way to read them back, and a lock for folders: nothing that was finished is lost.
+- `ressl_fastai.fingerprint`: What a training's data are, in a few short texts: the same in every process, and able to say what differs.
 - `ressl_fastai.health`: Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
 - `ressl_fastai.images`: One opener for all images: as viewers show them, with the file named in every error, and no bit cut off in silence.
 - `ressl_fastai.interpret`: See what the encoder has learned, and use it: relations, neighbours, maps, duplicates, outliers, and which images to label first.
@@ -15,10 +17,12 @@
 - `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone, and hands the encoder over.
 - `ressl_fastai.losses`: The relational loss of ReSSL: the student reproduces how the teacher relates an image to a queue of other images.
 - `ressl_fastai.models`: An encoder from any architecture, a projector, an optional predictor, the teacher and the queue in one module.
+- `ressl_fastai.optimizer`: `FusedAdam`: fastai's `Adam`, whose step on a GPU is one kernel for many parameters instead of ten for each.
 - `ressl_fastai.precision`: bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 - `ressl_fastai.teacher`: The teacher: an exponential moving average of the student that no gradient reaches.
+- `ressl_fastai.transfer`: `learn.to_classifier(labelled_dls)`: a classifier from a few labelled images in seconds, as good as the encoder is.
 - `ressl_fastai.views`: Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
 - `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code and of solo-learn."""
 

@@ -7,6 +7,7 @@ from ressl_fastai.checkpoint import *
 from ressl_fastai.data import *
 from ressl_fastai.evaluate import *
 from ressl_fastai.feature_queue import *
+from ressl_fastai.fingerprint import *
 from ressl_fastai.health import *
 from ressl_fastai.images import *
 from ressl_fastai.interpret import *
@@ -14,9 +15,11 @@ from ressl_fastai.label_efficiency import *
 from ressl_fastai.learner import *
 from ressl_fastai.losses import *
 from ressl_fastai.models import *
+from ressl_fastai.optimizer import *
 from ressl_fastai.precision import *
 from ressl_fastai.recipes import *
 from ressl_fastai.report import *
 from ressl_fastai.teacher import *
+from ressl_fastai.transfer import *
 from ressl_fastai.views import *
 from ressl_fastai.weights import *

@@ -15,12 +15,16 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/callback.html.md"""
 __all__ = ['get_normalize', 'check_images', 'InfoNCEWarmup', 'ReSSL']
 
 # %% ../nbs/05_callback.ipynb #e6825eb6
+import gc, os
+from functools import lru_cache
+
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.data.transforms import Normalize
-from fastai.torch_core import TensorImage, get_model, to_device
+from fastai.torch_basics import Pipeline, Transform
+from fastai.torch_core import TensorImage, get_model, num_distrib, to_device
 from fastcore.basics import first, listify, store_attr
 from torch import Tensor
 
@@ -81,10 +85,39 @@ class InfoNCEWarmup:
 # %% ../nbs/05_callback.ipynb #ed53d2a7
 def _value(o, progress): return o(progress) if callable(o) else o
 
+class _Send(Transform):
+    "A batch on its way to a GPU, from pinned memory"
+    order = -1000
+    def __init__(self, device): self.device = device
+    # pinned here and not by the loader: its thread would hold pinned memory when workers are forked, which end when they free it
+    def encodes(self, x:Tensor): return (x.pin_memory() if self.device.type=='cuda' else x).to(self.device, non_blocking=True)
+
+def _send_without_waiting(dl):
+    "Changes `dl`, which would wait, at each batch, until the GPU has nothing more to do"
+    if dl.device is None or not hasattr(dl.after_batch, 'fs'): return
+    dl.after_batch = Pipeline([_Send(dl.device), *dl.after_batch.fs])
+    dl._device = None  # not by its setter, which would move the transforms
+
+@lru_cache(None)
+def _let_workers_collect_nothing():
+    "What an interrupted fit has left may hold pinned memory. A forked worker that collects it ends with a CUDA error, so to workers all is old"
+    if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=gc.freeze)
+
+class _OnItsWay:
+    "A number that a GPU sends to the CPU when it has it; who asks waits for that alone, not for what the GPU was given to do since"
+    def __init__(self, x):
+        self.x = x.detach().to('cpu', non_blocking=True)
+        self.sent = torch.cuda.Event()
+        self.sent.record()
+
+    def get(self):
+        self.sent.synchronize()
+        return self.x
+
 class ReSSL(Callback):
     "Relational self-supervised learning (2107.09282) of a `ReSSLModel`"
     order,name = MixedPrecision.order-1,'ressl'
-    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full')
+    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full','sent_loss')
     def __init__(self,
         weak_tfms, # Callable from a batch of images in [0, 1] to views for the teacher
         strong_tfms, # Likewise for the student, or a list of them: one view of each image from each
@@ -103,9 +136,10 @@ class ReSSL(Callback):
         if not student_temp>0: raise ValueError(f"student_temp must be greater than 0, got {student_temp}")
         if warmup is not None and not callable(warmup): raise ValueError(f"warmup must be an InfoNCEWarmup, got {warmup!r}")
         store_attr()
+        self.trained = self.again = False
         self._reset()
 
-    def _reset(self): self.train_dl=self.normalize=self.x_teacher=self.z_teacher=self.old_loss=None; self.keys,self.checked,self.full = [],False,False
+    def _reset(self): self.train_dl=self.normalize=self.x_teacher=self.z_teacher=self.old_loss=self.sent_loss=None; self.keys,self.checked,self.full = [],False,False
 
     @property
     def net(self): return get_model(self.learn.model)
@@ -119,19 +153,30 @@ class ReSSL(Callback):
             raise ValueError(f"ReSSL trains a ReSSLModel, learn.model is a {type(self.net).__name__}: use ressl_learner")
         self.restore_loss()
         self._reset()
+        self.again = self.trained
         if self.learn.opt is not None: self.learn.opt.zero_grad()
 
     def before_train(self):
         "Train on images without other augmentation; fill an empty queue with teacher embeddings of real images"
         if self.train_dl is None:
+            self._say_what_begins_again()
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
             n = getattr(dl, 'partial_n', None) or dl.n  # fastai's `PartialDL` draws so many
             # a last batch of one image has no variance for batch norm
             self.train_dl = clean_dl(dl, normalize=False, sampled=True, drop_last=dl.drop_last or n%dl.bs==1)
+            if self._on_gpu(self.net.queue.feats) and num_distrib()<2:
+                _let_workers_collect_nothing()
+                if getattr(dl, 'images', None) is None: _send_without_waiting(self.train_dl)
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()
         self.full = len(self.net.queue.filled)==self.net.queue.size  # asked once: a GPU's host would wait for the answer at each step
+
+    def _say_what_begins_again(self):
+        again = ['warmup']*(self.warmup is not None)+[k for k in ('teacher_momentum','teacher_temp') if callable(getattr(self, k))]
+        if not (again and self.again) or self.learn.epoch or hasattr(self.learn, 'lr_finder'): return
+        print(f"{' and '.join(again)} begin{'s'*(len(again)==1)} again, as the learning rate does: this learner has been through a fit. If that is not meant, "
+              f"go on with learn.fit(n_epoch, start_epoch=...), or set {', '.join(f'learn.ressl.{k}' for k in again)} first")
 
     @torch.no_grad()
     def _fill_queue(self):
@@ -184,7 +229,11 @@ class ReSSL(Callback):
         return loss
 
     def after_loss(self):
-        if self.training: self.keys.append(self.z_teacher)
+        if not self.training: return
+        self.keys.append(self.z_teacher)
+        if self._on_gpu(self.learn.loss) and num_distrib()<2: self.sent_loss = _OnItsWay(self.learn.loss)
+
+    def _on_gpu(self, x): return x.is_cuda
 
     def after_cancel_step(self):
         "An fp16 overflow: as if the batches since the last step had not been there"
@@ -193,9 +242,14 @@ class ReSSL(Callback):
     def after_step(self):
         "The teacher follows, then the embeddings of all batches since the last step join the queue"
         if not self.keys: return
+        self.trained = self.trained or not hasattr(self.learn, 'lr_finder')
         update_teacher(self.net.teacher, self.net.student, _value(self.teacher_momentum, self.progress))
         self.net.queue.enqueue(torch.cat(self.keys))
         self.keys = []
+
+    def after_batch(self):
+        "fastai's recorder and bar ask for the loss of every batch, and would wait until the GPU has nothing more to do"
+        if self.sent_loss is not None: self.learn.loss,self.sent_loss = self.sent_loss.get(),None
 
     def after_fit(self):
         self.restore_loss()

@@ -12,30 +12,42 @@ __all__ = ['encoder_file', 'encoder_learner', 'ressl_evaluate']
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0004
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib.pyplot as plt
+import torch
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastcore.basics import noop
 from fastcore.script import CliError, call_parse
 from pandas import DataFrame
 
-from .cli import _dls, _positive, new_folder
+from . import __version__
+from .cli import _check_numbers, _command, _dls, _folder, _in_one_sentence, _wished, _write_json
 from .evaluate import embed, knn_accuracy, linear_accuracy
-from .label_efficiency import label_efficiency, pixel_features, plot_labels, summarize_labels
+from .files import check_writable, write_text, writing
+from .label_efficiency import _components, label_efficiency, pixel_features, plot_labels, summarize_labels
 from .learner import _read_encoder, first_images, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
+from .views import clean_dl
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0007
+def _size_in(config):
+    "The size of images that a run's `config.json` tells, None if it does not"
+    try: size = json.loads(config.read_text(encoding='utf-8'))['size']
+    except (OSError,ValueError,KeyError,TypeError): return None
+    return size if type(size) is int and size>0 else None
+
 def encoder_file(
     path:str|Path # An encoder file, or the folder of a run
 ) -> tuple: # The file, what it holds, and the size of the images it was trained on, None if that is not known
     "What `ressl_pretrain` left"
+    if not str(path).strip(): raise ValueError("ENCODER must be an encoder file or the folder of a run, it is an empty text")
     path = Path(path).expanduser()
     file = path/'encoder.pth' if path.is_dir() else path
-    config = file.with_name('config.json')
-    return file,_read_encoder(file),json.loads(config.read_text())['size'] if config.exists() else None
+    return file,_read_encoder(file),_size_in(file.with_name('config.json'))
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0008
 def encoder_learner(
@@ -46,26 +58,37 @@ def encoder_learner(
 ) -> Learner: # Of a `ReSSLModel`, for `embed`, `linear_probe`, `label_efficiency` and `to_vision_learner`
     "A learner with the encoder in `file`"
     state = _read_encoder(file)
-    if state['normalize'] and not any(isinstance(f, Normalize) for f in dls.train.after_batch.fs):
-        dls.add_tfms([Normalize.from_stats(*state['normalize'], cuda=False)], 'after_batch')
-        if dls.device is not None: dls.to(dls.device)
-    enc = create_encoder(get_arch(state['arch']), state['n_in'], stem=state['stem'], size=size)
-    return Learner(dls, ReSSLModel(load_encoder(enc, file) if trained else enc, queue_size=1, n_hidden=8, dim=8), loss_func=noop)
+    try:
+        if state['normalize'] and not any(isinstance(f, Normalize) for f in dls.train.after_batch.fs):
+            dls.add_tfms([Normalize.from_stats(*state['normalize'], cuda=False)], 'after_batch')
+            if dls.device is not None: dls.to(dls.device)
+        enc = create_encoder(get_arch(state['arch']), state['n_in'], stem=state['stem'], size=size)
+        return Learner(dls, ReSSLModel(load_encoder(enc, file) if trained else enc, queue_size=1, n_hidden=8, dim=8), loss_func=noop)
+    except (KeyError,TypeError,AttributeError,RuntimeError) as e: raise ValueError(
+        f"{file} does not describe an encoder ({type(e).__name__}: {e}): save one with learn.save_encoder(name)") from e
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0010
-def _numbers(text):
-    try: return tuple(int(o) for o in text.split(','))
+def _numbers(text, y):
+    "Numbers of labels in `text`, each of which every class of the training images `y` has"
+    if text is None: return None
+    try: ns = tuple(int(o) for o in text.split(','))
     except ValueError: raise ValueError(f"labels_per_class must be whole numbers with commas, such as 1,5,10, got {text!r}") from None
+    if min(ns)<1: raise ValueError(f"labels_per_class must be at least 1, got {min(ns)}")
+    least = y.unique(return_counts=True)[1].min().item()
+    if max(ns)>least: raise ValueError(f"labels_per_class must be at most {least}, the training images of the smallest class, {max(ns)} is more than that")
+    return ns
 
-def _prepared(encoder, data, size, labels_per_class, how):
+def _prepared(encoder, data, size, labels_per_class, protocol, how):
     "Learners with trained and with random weights, before anything long is done"
     file,state,run_size = encoder_file(encoder)
-    size = size or run_size
-    if size is None: raise ValueError(f"size must be given: there is no config.json beside {file}")
-    _positive(size=size)
+    if size is None: size = run_size
+    if size is None: raise ValueError(f"size must be given: there is no config.json beside {file} that says how large the images of the run were")
+    if protocol not in ('logistic','step','cosine'): raise ValueError(f"protocol must be 'logistic', 'step' or 'cosine', got {protocol!r}")
+    _check_numbers(size=size)
     dls = _dls(data, size, 64, gray=state['n_in']==1, **how)
     if len(first_images(dls))<2: raise ValueError(f"DATA must have labels, two or more folders named by class, {data} has none")
-    labels = labels_per_class and _numbers(labels_per_class)
+    y = torch.cat([o.as_subclass(torch.Tensor).cpu() for _,o in clean_dl(dls.train)])
+    labels = _numbers(labels_per_class, y)
     return encoder_learner(file, dls, size),encoder_learner(file, dls, size, trained=False),labels,f"{file}: {state['arch']} at {size} pixels"
 
 def _scores(learn, random_learn, k, protocol, seed):
@@ -73,15 +96,20 @@ def _scores(learn, random_learn, k, protocol, seed):
     train,valid = learn.dls.train,learn.dls.valid
     feats = {'encoder':(embed(learn, train), embed(learn, valid)), 'random encoder':(embed(random_learn, train), embed(random_learn, valid)),
              'raw pixels':(pixel_features(train), pixel_features(valid))}
-    return DataFrame([dict(features=nm, knn=knn_accuracy(*a, *b, k=k), **{f'linear_{t}':v for t,v in linear_accuracy(*a, *b, protocol=protocol, seed=seed).items()
-                           if t.startswith('top')}) for nm,(a,b) in feats.items()]).set_index('features')
+    res = []
+    for nm,((train_x,train_y),(x,y)) in feats.items():
+        knn = knn_accuracy(train_x, train_y, x, y, k=k)
+        if nm=='raw pixels' and x.shape[1]>512: train_x,x = _components(train_x, x)
+        linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
+        res.append(dict(features=nm, knn=knn, **{f'linear_{t}':v for t,v in linear.items() if t.startswith('top')}))
+    return DataFrame(res).set_index('features')
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0011
 @call_parse
 def ressl_evaluate(
     encoder:str, # Encoder file, or the folder that ressl_pretrain wrote
     data:str, # A folder with images in class folders, 'digits', or the name of a fastai data set (a download)
-    out:str=None, # Folder for scores.csv and label_efficiency.csv and .png; nothing is written if not given
+    out:str=None, # Folder for scores.csv, config.json and label_efficiency.csv and .png; nothing is written if not given
     labels_per_class:str=None, # Numbers such as 1,5,10: also train on so few labels, and compare
     seeds:int=3, # Draws of labels
     steps:int=200, # Training steps on few labels
@@ -91,26 +119,40 @@ def ressl_evaluate(
     valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid (val, test)
     skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
     num_workers:int=None, # Processes that load images; as many as cores if not given
-    seed:int=42 # For held-out images and first weights
+    seed:int=42, # For held-out images and first weights
+    version:Annotated[str, dict(action='version')]=f'ressl_fastai {__version__}' # Print the version and stop
 ):
     "Print kNN and linear accuracy of a pretrained encoder, and accuracy by number of labels"
+    args = {k:v for k,v in locals().items() if k not in ('encoder','data','out','version')}
     how = dict(valid_pct=valid_pct, skip_bad=skip_bad, num_workers=num_workers, seed=seed)
-    try:
-        _positive(valid_pct=valid_pct, seeds=seeds, steps=steps, k=k)
-        learn,random_learn,labels,what = _prepared(encoder, data, size, labels_per_class, how)
-        print(f"{what}\n{learn.dls.train.n} images for training, {learn.dls.valid.n} held out, {len(learn.dls.vocab)} classes\n")
-        scores = _scores(learn, random_learn, k, protocol, seed)
-        print(scores.to_string(float_format='{:.4f}'.format), flush=True)
-        few = labels and label_efficiency(learn, learn.dls, labels, seeds=seeds, n_steps=steps)
-    except (ValueError, OSError, ImportError) as e: raise CliError('ressl_evaluate: ' + ' '.join(str(e).split())) from e
-    if labels: print(f"\naccuracy by labels per class, mean of {seeds} draws\n" + summarize_labels(few)['mean'].unstack(sort=False).to_string(float_format='{:.4f}'.format))
-    if out: _write(new_folder(out), scores, few)
+    with _in_one_sentence('ressl_evaluate') as run:
+        _check_numbers(valid_pct=valid_pct, seeds=seeds, steps=steps, k=k, num_workers=num_workers, seed=seed)
+        if valid_pct==1: raise ValueError(f"valid_pct must be less than 1, got {valid_pct}")
+        wished = out if out is None else _wished(out, data)
+        learn,random_learn,labels,what = _prepared(encoder, data, size, labels_per_class, protocol, how)
+        run.folder = wished and _folder(wished)
+        try: _evaluate(learn, random_learn, labels, what, run.folder, k=k, protocol=protocol, seed=seed, seeds=seeds, steps=steps,
+                      command=_command('ressl_evaluate', encoder, data, **args))
+        finally:
+            if run.folder:
+                with suppress(OSError): run.folder.rmdir()  # which it is only if nothing was written
+
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0012
-def _write(out, scores, few):
-    scores.to_csv(out/'scores.csv')
+def _evaluate(learn, random_learn, labels, what, folder, *, k, protocol, seed, seeds, steps, command):
+    print(f"{what}\n{learn.dls.train.n} images for training, {learn.dls.valid.n} held out, {len(learn.dls.vocab)} classes\n", flush=True)
+    scores = _scores(learn, random_learn, k, protocol, seed)
+    print(scores.to_string(float_format='{:.4f}'.format), flush=True)
+    few = labels and label_efficiency(learn, learn.dls, labels, seeds=seeds, n_steps=steps)
+    if labels: print(f"\naccuracy by labels per class, mean of {seeds} draws\n" + summarize_labels(few)['mean'].unstack(sort=False).to_string(float_format='{:.4f}'.format))
+    if folder: _write(folder, scores, few, dict(command=command))
+
+def _write(out, scores, few, config):
+    _write_json(out/'config.json', config)  # first: by it the folder is known not to hold images
+    write_text(out/'scores.csv', scores.to_csv())
     if few is not None:
-        few.to_csv(out/'label_efficiency.csv', index=False)
+        write_text(out/'label_efficiency.csv', few.to_csv(index=False))
         plt.switch_backend('agg')
-        plot_labels(few).figure.savefig(out/'label_efficiency.png', dpi=150, bbox_inches='tight'); plt.close()
+        with writing(out/'label_efficiency.png') as f: plot_labels(few).figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
+        plt.close()
     print(f"\nresults in {out}/")

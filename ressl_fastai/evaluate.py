@@ -32,6 +32,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn, Tensor
 
+from .models import Embedder
 from .views import clean_dl
 
 # %% ../nbs/06_evaluate.ipynb #19f87180
@@ -47,18 +48,26 @@ def _check_normalize(dl, own):
 
 def _part(model, teacher, projected):
     "The network that gives the features asked for"
-    net = model.teacher if teacher else model.student
-    return net if projected else net[0]
+    if teacher and not hasattr(model, 'teacher'): raise ValueError(f"learn has no teacher: its model is a {type(model).__name__}, as export leaves it")
+    if not hasattr(model, 'encoder'): raise ValueError(f"learn must have a model with an encoder, as ressl_learner makes, its model is a {type(model).__name__}")
+    if not projected: return model.teacher[0] if teacher else model.encoder
+    return model.teacher if teacher else Embedder(model.encoder, model.projector, model.predictor)
+
+def _check_images(dl, learn):
+    "Refuse what holds no images, and say where some are"
+    if dl.n==0: raise ValueError(f"{'the validation set' if dl is learn.dls.valid else 'dl'} is empty: give other "
+        "images, such as learn.dls.train, or new ones with learn.dls.test_dl(files)")
 
 def embed(
-    learn:Learner, # Learner of a `ReSSLModel`
-    dl:DataLoader=None, # Images to embed; default: the validation set
+    learn:Learner, # A `ressl_learner`, or what `load_learner` makes of its export
+    dl:DataLoader=None, # Images to embed, `learn.dls.test_dl(files)` for new ones; default: the validation set
     teacher:bool=False, # The teacher instead of the student
-    projected:bool=False # After the projector, with unit length, instead of before it
-) -> tuple: # (n, nf) features, or (n, dim) after the projector, in the order of `dl`'s items, and their targets, None without any
+    projected:bool=False # The embeddings that the loss compares, `get_preds` and `predict` give: after projector and predictor, with unit length
+) -> tuple: # (n, nf) features, or (n, dim) embeddings, in the order of `dl`'s items, and their targets, None without any
     "Features of clean (unaugmented, normalised) images; changes nothing about `learn`, nor the random state"
     net,dl = _part(get_model(learn.model), teacher, projected),learn.dls.valid if dl is None else dl
-    _check_normalize(dl, learn.dls.valid)
+    _check_images(dl, learn)
+    _check_normalize(dl, learn.dls.train)
     modes = [(m,m.training) for m in net.modules()]
     probe = Learner(learn.dls, net, loss_func=_zero_loss)
     try:
@@ -127,6 +136,11 @@ def knn_accuracy(
     return correct/len(x)
 
 # %% ../nbs/06_evaluate.ipynb #89047e90
+def _together(xs, device):
+    "All on `device`, if it is a GPU with room for four times as much; else on the CPU"
+    fits = device.type=='cuda' and 4*sum(x.nbytes for x in xs)<=torch.cuda.mem_get_info(device)[0]
+    return [x.to(device if fits else 'cpu') for x in xs]
+
 class KNNAccuracy(Metric):
     "Weighted kNN accuracy of the encoder on the validation set, with the clean training images as bank"
     def __init__(self,
@@ -135,7 +149,7 @@ class KNNAccuracy(Metric):
         every:int=1, # Epochs from one value to the next, at least 1; NaN between, the last epoch has one
         bank:int=None, # Training images in the bank, at most, a fixed random choice; default: all
         teacher:bool=False, # The teacher instead of the student; the column is then 'teacher_knn_accuracy'
-        projected:bool=False # After the projector instead of before it
+        projected:bool=False # The embeddings instead of the features; see `embed`
     ):
         for nm,o in (('k',k), ('every',every), ('bank',bank)):
             if o is not None and o<1: raise ValueError(f"{nm} must be at least 1, got {o}")
@@ -150,8 +164,8 @@ class KNNAccuracy(Metric):
         self.learn = learn
         if not self._measured: return
         check_classes(learn.yb[0], "the validation set's targets")
-        self.xs.append(_part(get_model(learn.model), self.teacher, self.projected)(*learn.xb).float().cpu())
-        self.ys.append(learn.yb[0].cpu())
+        self.xs.append(_part(get_model(learn.model), self.teacher, self.projected)(*learn.xb).float())
+        self.ys.append(learn.yb[0])
 
     @property
     def _measured(self):
@@ -170,7 +184,8 @@ class KNNAccuracy(Metric):
         x,y = embed(self.learn, self._bank_dl(self.learn.dls.train), self.teacher, self.projected)
         valid_y = torch.cat(self.ys)
         if not ((y>=0).any() and (valid_y>=0).any()): return float('nan')  # a table with few labels
-        return knn_accuracy(x, y, torch.cat(self.xs), valid_y, self.k, self.temp)
+        return knn_accuracy(*_together([x, y, torch.cat(self.xs), valid_y], self.xs[0].device), self.k, self.temp)
+
 
 # %% ../nbs/06_evaluate.ipynb #ba1e8a02
 def fit_logistic(
@@ -186,7 +201,7 @@ def fit_logistic(
     if len(counts)<2: raise ValueError(f"y must hold at least two classes, got {len(counts)}")
     x,clf,least = scaler.transform(x),LogisticRegression(C=Cs[(len(Cs)-1)//2], max_iter=1000),counts.min()
     if least==1 or len(Cs)==1: return make_pipeline(scaler, clf.fit(x, y))  # nothing to hold out, or to choose
-    cv = StratifiedKFold(min(5, least), shuffle=True, random_state=seed) if len(y)<=2000 else StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
+    cv = StratifiedKFold(min(5, least), shuffle=True, random_state=seed) if len(y)<=2000 else StratifiedShuffleSplit(1, test_size=max(-(-len(y)//5), len(counts)), random_state=seed)
     # few images: threads that wait for each other take several times as long as one
     with threadpool_limits(1 if len(y)<=2000 else None): search = GridSearchCV(clf, {'C':list(Cs)}, cv=cv).fit(x, y)
     return make_pipeline(scaler, search.best_estimator_)
@@ -242,11 +257,11 @@ def linear_accuracy(
 # %% ../nbs/06_evaluate.ipynb #ba1e8a10
 @delegates(linear_accuracy)
 def linear_probe(
-    learn:Learner, # Learner of a `ReSSLModel`
+    learn:Learner, # A `ressl_learner`, or what `load_learner` makes of its export
     train_dl:DataLoader=None, # Labelled images to train on; default: the training set, without augmentation
     valid_dl:DataLoader=None, # Labelled images to test on; default: the validation set
     teacher:bool=False, # The teacher instead of the student
-    projected:bool=False, # After the projector instead of before it
+    projected:bool=False, # The embeddings instead of the features; see `embed`
     **kwargs
 ) -> dict: # As from `linear_accuracy`
     "Accuracy of a linear classifier on the frozen encoder of `learn`"

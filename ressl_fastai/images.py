@@ -29,6 +29,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from fastai.data.core import Datasets, TfmdLists
 from fastai.data.load import SkipItemException
 from fastai.vision.core import PILBase, PILImageBW
@@ -52,7 +53,8 @@ def readable_images(
 ) -> L: # The paths that can be read, in their order
     "Open every file once, in parallel: for `DataBlock(get_items=...)`, before days of training"
     files = L(files)
-    bad = L(f for f,good in zip(files, parallel(verify_image, files)) if not good)
+    good = parallel(verify_image, files, threadpool=torch.cuda.is_initialized())  # a process that has started CUDA must not be forked
+    bad = L(f for f,ok in zip(files, good) if not ok)
     if not bad: return files
     text = f"{len(bad)} of {len(files)} images cannot be read: {_named(bad)}"
     if not skip_bad: raise ValueError(f"{text} (remove them, or leave them out with skip_bad=True)")

@@ -79,7 +79,8 @@ def _features(
 ) -> tuple: # `dl`, features (n, nf), classes (n,) or None without one class per image
     dl,model = ifnone(dl, learn.dls.train),get_model(learn.model)
     if not hasattr(model, 'encoder'): raise ValueError(f"learn must have a model with an encoder, as ressl_learner makes, its model is a {type(model).__name__}")
-    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable")
+    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable: of a learner that was exported, "
+        "or without training images, give dl=learn.dls.test_dl(files)")
     x,y = embed(learn, dl, teacher) if features is None else features
     if len(x)!=dl.n: raise ValueError(f"features must be those of dl's {dl.n} images, got {len(x)}: use embed(learn, dl)")
     return dl,x.as_subclass(Tensor),_classes(y)
@@ -112,6 +113,12 @@ def _pictures(dl, idxs):
     x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor).float().cpu().clamp(0, 1)
     return x if x.shape[1] in (1,3) else x.mean(1, keepdim=True)
 
+def _short(text, n=12): return text if len(text)<=n else text[:n-1]+'…'
+
+def _plain(text):
+    "`text` for matplotlib letter by letter: no formulas between dollars, nothing that no font can hold"
+    return ''.join(o if o.isprintable() or o=='\n' else '\ufffd' for o in text).replace('$', r'\$')
+
 def show_items(
     dl:DataLoader, # Images
     idxs:list, # Their positions in `dl`, as in the column `index`
@@ -126,7 +133,7 @@ def show_items(
     fig,axs = subplots(-(-len(idxs)//ncols), ncols, imsize=imsize)
     for ax in axs.flat: ax.axis('off')
     for ax,im,title,color in zip(axs.flat, _pictures(dl, idxs), titles or ['']*len(idxs), colors or [None]*len(idxs)):
-        show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1).set_title(title, fontsize=8, pad=3)
+        show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1).set_title(_plain(title), fontsize=8, pad=3)
         if color: ax.add_patch(Rectangle((0,0), 1, 1, transform=ax.transAxes, fill=False, ec=color, lw=3, clip_on=False))
     fig.tight_layout(pad=0.4)
 
@@ -146,10 +153,13 @@ def show_neighbors(
     idxs = _checked('idxs', _spread(idxs, dl.n) if isinstance(idxs, Integral) else idxs, dl.n)
     sims,near = nearest(x[idxs], k=min(k+1, dl.n), bank=x)
     shown,titles,colors = [],[],[]
+    def named(c, cos):
+        name = _short(_name(dl, c))
+        return f"{name}{'  ' if len(name)<7 else chr(10)}{cos:.2f}"
     for i,row,cos in zip(idxs, near.tolist(), sims.tolist()):
         others = [(j,c) for j,c in zip(row, cos) if j!=i][:k]
         shown += [i]+[j for j,_ in others]
-        titles += ['image' if y is None else _name(dl, y[i])] + [f'{c:.2f}' if y is None else f'{_name(dl, y[j])}  {c:.2f}' for j,c in others]
+        titles += ['image' if y is None else _short(_name(dl, y[i]))] + [f'{c:.2f}' if y is None else named(y[j], c) for j,c in others]
         colors += [None] + [None if y is None or min(y[i], y[j])<0 else 'tab:green' if y[i]==y[j] else 'tab:red' for j,_ in others]
     show_items(dl, shown, titles, colors, len(others)+1, imsize)
 
@@ -162,11 +172,12 @@ def _as_saved(learn, file):
     load_model(path, saved.model, None, with_opt=False)
     return saved
 
-def _embeddings(learn, dl, teacher):
+def _embeddings(learn, dl, teacher, features=None):
     "(n, dim) embeddings of clean images as the loss compares them"
+    if features is None: return embed(learn, dl, teacher, projected=True)[0].as_subclass(Tensor)
     model = get_model(learn.model)
     head = model.teacher[1:] if teacher else nn.Sequential(model.projector, model.predictor, model.norm)
-    return deepcopy(head).cpu().eval()(embed(learn, dl, teacher)[0].as_subclass(Tensor))
+    return deepcopy(head).cpu().eval()(features[0].as_subclass(Tensor))
 
 def _to_others(z, bank, idx, temp):
     others = torch.arange(len(bank))!=idx
@@ -177,14 +188,15 @@ def image_relations(
     learn:Learner, # A `ressl_learner`
     idx:int, # Position in `dl` of the image
     dl:DataLoader=None, # Images to relate it to; default: the training set
-    before:str=None # Name given to `learn.save`: the model of then
+    before:str=None, # Name given to `learn.save`: the model of then
+    features:tuple=None # Those of the student and of the teacher, each from `embed(learn, dl, teacher)`, to spare computing them again
 ) -> dict: # Of 'teacher' and 'student' the probabilities (n,), 0 of the image to itself
     "How teacher and student relate an image to all others of `dl`"
     if not hasattr(learn, 'ressl'): raise ValueError("learn must be a ressl_learner, with the ReSSL callback")
     dl,ressl = ifnone(dl, learn.dls.train),learn.ressl
     _checked('idx', [idx], dl.n)
     if before is not None: learn = _as_saved(learn, before)
-    bank,student = (_embeddings(learn, dl, teacher) for teacher in (True,False))
+    bank,student = (_embeddings(learn, dl, teacher, features and features[teacher]) for teacher in (True,False))
     return dict(teacher=_to_others(bank, bank, idx, _value(ressl.teacher_temp, ressl.progress)), student=_to_others(student, bank, idx, ressl.student_temp))
 
 # %% ../nbs/11_interpret.ipynb #49e4560e
@@ -194,12 +206,13 @@ def show_relations(self:Learner,
     k:int=7, # Images shown for each relation
     dl:DataLoader=None, # Images to relate it to; default: the training set
     before:str=None, # Name given to `learn.save` at another time, to compare with
-    imsize:float=0.8 # Side of a picture in inches
+    imsize:float=0.8, # Side of a picture in inches
+    features:tuple=None # As in `image_relations`, of the model as it is now
 ):
     "The images that teacher and student relate an image to most, with the probabilities"
     dl = ifnone(dl, self.dls.train)
     k,whens = min(k, dl.n-1),{'': None} if before is None else {' then': before, ' now': None}
-    tops = {who+when: p.topk(k) for when,file in whens.items() for who,p in image_relations(self, idx, dl, file).items()}
+    tops = {who+when: p.topk(k) for when,file in whens.items() for who,p in image_relations(self, idx, dl, file, features if file is None else None).items()}
     show_items(dl, [i for top in tops.values() for i in (idx, *top.indices.tolist())],
                [t for nm,top in tops.items() for t in (nm, *(f'{p:.3f}' for p in top.values.tolist()))], ncols=1+k, imsize=imsize)
 
@@ -207,6 +220,8 @@ def show_relations(self:Learner,
 def _project(x, method, seed):
     "(n, 2) coordinates"
     x = F.normalize(x, dim=1).numpy()
+    if np.ptp(x, 0).max()<1e-6: raise ValueError(  # scikit-learn's t-SNE would end the process
+        f"the {len(x)} images must differ, all have the same features: the images are the same, or the encoder has collapsed")
     if method=='pca': return PCA(2, random_state=seed).fit_transform(x)
     if method=='tsne': return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
     if method!='umap': raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")
@@ -214,11 +229,13 @@ def _project(x, method, seed):
     except ImportError as e: raise ImportError("method='umap' needs umap-learn, which is not installed: pip install umap-learn") from e
     return UMAP(random_state=seed).fit_transform(x)
 
+def _label(name): return ' '*name.startswith('_') + _plain(_short(name, 24))  # matplotlib leaves labels with _ in front out of legends
+
 def _scatter(ax, xy, y, dl):
     if y is None: return ax.scatter(*xy.T, s=4)
     classes = y.unique()
     cmap = plt.get_cmap('tab10' if len(classes)<=10 else 'tab20' if len(classes)<=20 else 'turbo', max(len(classes), 10))
-    for i,c in enumerate(classes): ax.scatter(*xy[y==c].T, s=4, color=cmap(i), label=_name(dl, c))
+    for i,c in enumerate(classes): ax.scatter(*xy[y==c].T, s=4, color=cmap(i), label=_label(_name(dl, c)))
     if len(classes)<=20: ax.legend(fontsize=7, markerscale=2, loc='center left', bbox_to_anchor=(1,0.5), frameon=False)
 
 @delegates(_features)

@@ -32,10 +32,12 @@ from fastai.vision.learner import vision_learner
 from fastcore.basics import listify, noop
 from pandas import DataFrame
 from scipy.stats import t as student_t
+from sklearn.decomposition import PCA
 from sklearn.metrics import recall_score
-from torch import Tensor
+from torch import nn, Tensor
 
 from .evaluate import check_classes, embed, fit_logistic
+from .learner import first_images
 from .models import create_encoder, get_arch
 from .views import clean_dl
 
@@ -88,9 +90,9 @@ def _trained(make, dls, n_steps, lr):
     return predict
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0018
-def _linear(x, y, valid_x):
+def _linear(x, y, valid_x, scale_x=None):
     "From indices and a seed to the predictions of logistic regression on `x` there"
-    return lambda idxs, seed: fit_logistic(x[idxs], y[idxs], scale_x=x, seed=seed).predict(valid_x.numpy())
+    return lambda idxs, seed: fit_logistic(x[idxs], y[idxs], scale_x=scale_x).predict(valid_x.numpy())
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0033
 def pixel_features(
@@ -99,18 +101,39 @@ def pixel_features(
 ) -> tuple: # (n, channels*height*width) normalised pixels of clean images, and their targets
     "What an encoder must beat"
     def small(x): return F.adaptive_avg_pool2d(x.as_subclass(Tensor), [min(side, o) for o in x.shape[2:]]).flatten(1).cpu()
-    xs,ys = zip(*[(small(x), y.as_subclass(Tensor).cpu()) for x,y in clean_dl(dl)])
-    return torch.cat(xs),torch.cat(ys)
+    batches = [(small(b[0]), *(o.as_subclass(Tensor).cpu() for o in b[1:])) for b in clean_dl(dl)]
+    if not batches: raise ValueError("dl must hold images, it is empty")
+    if len(batches[0])!=2: raise ValueError(f"dl must give one target with each image, it gives {len(batches[0])-1}")
+    return tuple(map(torch.cat, zip(*batches)))
+
+# %% ../nbs/11a_label_efficiency.ipynb #11ae0037
+def _components(train_x, x, n=128):
+    "At most `n` principal components of the training features, for both: logistic regression on thousands of pixels takes minutes and is no better"
+    if min(train_x.shape)<=n: return train_x,x
+    pca = PCA(n, random_state=0).fit(train_x.numpy())
+    return tuple(torch.as_tensor(pca.transform(o.numpy())) for o in (train_x,x))
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0020
+def _draw_weights(net):
+    "New weights for a network that was made by hand, and may be trained by now"
+    for m in net.modules():
+        if next(m.parameters(recurse=False), None) is None: continue
+        draw = getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
+        if draw is None: raise ValueError(f"the module's own weights may be trained, and those of its {type(m).__name__} cannot be drawn anew: "
+            "give that class a reset_parameters(), or as arch the function that makes the network, where a library has one")
+        draw()
+
 def _fresh(learn, arch, seed):
     "A learner like `learn` whose encoder has never been trained"
     model = deepcopy(get_model(learn.model))
-    enc = model.encoder
+    enc,size = model.encoder,tuple(first_images(learn.dls, 1)[0].shape[2:]) if learn.dls.train.n else 64
     try:
-        with no_random(seed): enc.load_state_dict(create_encoder(get_arch(enc.arch) if arch is None else deepcopy(arch), enc.n_in, stem=enc.stem).state_dict())
+        with no_random(seed):
+            made = create_encoder(get_arch(enc.arch) if arch is None else deepcopy(arch), enc.n_in, stem=enc.stem, size=size)
+            if isinstance(arch, nn.Module): _draw_weights(made)
+            enc.load_state_dict(made.state_dict())
     except (RuntimeError,ValueError) as e: raise ValueError(
-        f"arch must make the network that learn was trained with, {arch or enc.arch!r} does not: give what was given to ressl_learner") from e
+        f"arch must make the network that learn was trained with, {arch or enc.arch!r} does not: give what was given to ressl_learner ({e})") from e
     return Learner(learn.dls, model, loss_func=noop)
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0022
@@ -119,7 +142,9 @@ label_rows = ('frozen features','fine-tuned','from scratch','random encoder','ra
 def _predictor(row, learn, dls, y, seed, arch, teacher, n_steps, lr):
     "How `row` predicts the validation set from labelled images"
     enc = get_model(learn.model).encoder
-    if row=='raw pixels': return _linear(pixel_features(dls.train)[0], y, pixel_features(dls.valid)[0])
+    if row=='raw pixels':
+        x = pixel_features(dls.train)[0]
+        return _linear(x, y, pixel_features(dls.valid)[0], scale_x=x)
     if row=='frozen features': return _linear(embed(learn, dls.train, teacher)[0], y, embed(learn, dls.valid, teacher)[0])
     if row=='fine-tuned': return _trained(partial(learn.to_vision_learner, teacher=teacher), dls, n_steps, lr)
     if row=='ImageNet': return _trained(partial(vision_learner, arch=arch or get_arch(enc.arch), normalize=False, n_in=enc.n_in), dls, n_steps, lr)
@@ -138,13 +163,14 @@ def label_efficiency(
     rows:tuple=label_rows, # What is compared; 'ImageNet' beside these fine-tunes the library's weights (a download)
     n_steps:int=200, # Training steps of the rows that train a network
     lr:float=2e-3, # Their highest learning rate
-    arch=None, # What `learn` was made with, untrained, for fresh weights; default: by its name, which a `partial` or a module of your own does not say
+    arch=None, # What `learn` was made with, for fresh weights, which a module gets too; default: by its name, which a `partial` or a module of your own does not say
     teacher:bool=False # The teacher's encoder instead of the student's
 ) -> DataFrame: # Columns row, labels (per class, or the share), n_labels, seed, accuracy, balanced_accuracy (mean over classes)
     "Test accuracy by number of labelled images, with and without pretraining"
     if unknown := set(rows)-{*label_rows,'ImageNet'}: raise ValueError(f"rows must be of {', '.join(label_rows)} and ImageNet, got {', '.join(unknown)}")
-    learn.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
     (y,valid_y),res = (pixel_features(dl)[1] for dl in (dls.train, dls.valid)),[]
+    learn.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
+    if {'random encoder','from scratch'} & {*rows}: _fresh(learn, arch, 0)  # what is wrong with `arch` is said before anything is trained
     how,amounts = ('per_class',labels_per_class) if fraction is None else ('fraction',fraction)
     seeds = range(seeds) if isinstance(seeds, int) else listify(seeds)
     draws = {(seed,o): draw_labels(y, **{how:o}, seed=seed) for seed in seeds for o in listify(amounts)}

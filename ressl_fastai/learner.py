@@ -17,37 +17,45 @@ __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss'
 
 # %% ../nbs/07_learner.ipynb #bce794fb
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import model_sizes
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
-from fastai.learner import Learner
-from fastai.optimizer import Adam
-from fastai.torch_core import TensorCategory, get_model, get_random_states, set_random_states
+from fastai.learner import Learner, Recorder
+from fastai.optimizer import Optimizer
+from fastai.torch_core import TensorCategory, get_model, get_random_states, no_random, set_random_states
 from fastai.vision.core import imagenet_stats
-from fastai.vision.learner import TimmBody, add_head, default_split, model_meta
+from fastai.vision.learner import add_head, default_split, model_meta
 from fastai.vision.models.unet import DynamicUnet
-from fastcore.basics import ifnone, patch
+from fastcore.basics import first, ifnone, listify, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
+from PIL import Image
 from torch import nn, Tensor
+from torch.func import functional_call
 
 from . import __version__, views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
-from .images import check_channels, look_at_files, set_opener
+from .files import check_writable, read_torch, write_torch
+from .images import OpenImage, check_channels, look_at_files, set_opener
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
+from .optimizer import FusedAdam
 from .precision import DevicePrecision, choose_precision
 from .views import clean_dl
 
@@ -98,15 +106,43 @@ def embedding_loss(
     return pred.new_zeros(len(pred) if reduction=='none' else ())
 
 # %% ../nbs/07_learner.ipynb #a1c0002a
+def _as_it_is(o):
+    "What `o` has by name; collections are copied, since they are changed in place"
+    return {k:copy(v) if isinstance(v, (list,dict,set,L)) else v for k,v in vars(o).items()}
+
+def _put_back(o, state):
+    vars(o).clear()
+    vars(o).update(state)
+
+def _generators(learn):
+    "Random generators that belong to the views"
+    tfms = [o for cb in learn.cbs if isinstance(cb, ReSSL) for o in (cb.weak_tfms, *L(cb.strong_tfms))]
+    return [g for o in tfms for g in vars(o).values() if isinstance(g, torch.Generator)] if all(hasattr(o, '__dict__') for o in tfms) else []
+
 @contextmanager
 def _unchanged(learn):
-    "Model, optimizer and random state are as before, whatever happens"
-    model,opt,states = deepcopy(get_model(learn.model).state_dict()),learn.opt and deepcopy(learn.opt.state_dict()),get_random_states()
-    try: yield
+    "All but the recorder is as before, whatever happens; what is written goes to a temporary folder"
+    net,cbs = get_model(learn.model),[cb for cb in learn.cbs if not isinstance(cb, Recorder)]
+    model,opt,states = deepcopy(net.state_dict()),learn.opt and deepcopy(learn.opt.state_dict()),get_random_states()
+    grads,modes,half = [p.grad if p.grad is None else p.grad.clone() for p in net.parameters()],[(m,m.training) for m in net.modules()],net.half_dtype
+    objects = [(o,_as_it_is(o)) for o in (learn, *cbs)]
+    generators,loaders = [(g,g.get_state()) for g in _generators(learn)],[(dl,dl.rng.getstate()) for dl in learn.dls.loaders]
+    try:
+        with TemporaryDirectory() as folder:
+            learn.path,learn.model_dir = Path(folder),'.'
+            learn.cbs = learn.cbs.filter(lambda cb: not isinstance(cb, CSVLogger))  # its file may have an absolute path
+            yield
     finally:
-        get_model(learn.model).load_state_dict(model)
-        if opt is None: learn.opt = None
-        else: learn.opt.load_state_dict(opt)
+        for o,state in objects: _put_back(o, state)
+        net.load_state_dict(model)
+        net.half_dtype = half
+        for p,grad in zip(net.parameters(), grads): p.grad = grad
+        for m,mode in modes: m.training = mode
+        if opt is not None:
+            learn.opt.load_state_dict(opt)
+            if isinstance(learn.opt, Optimizer): learn.opt.state = defaultdict(dict, learn.opt.state)  # fastai loads a plain dict
+        for g,state in generators: g.set_state(state)
+        for dl,state in loaders: dl.rng.setstate(state)
         set_random_states(**states)
 
 class ReSSLLearner(Learner):
@@ -115,8 +151,12 @@ class ReSSLLearner(Learner):
     def dls(self): return self.__dict__['_dls']
     @dls.setter
     def dls(self, dls):
-        if '_dls' in self.__dict__: _same_normalize(dls, _norm_stats(self.dls), 'the model')
+        if len(dls.loaders)==1:  # fastai validates on the second
+            dls.loaders.append(dls.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
         set_opener(dls)
+        if '_dls' in self.__dict__:
+            _same_normalize(dls, _norm_stats(self.dls), 'the model')
+            if 'ressl' in self.__dict__ and self.dls.train.n and dls.train.n: _follow(self, dls)
         self.__dict__['_dls'] = dls
 
     def __repr__(self):
@@ -128,10 +168,27 @@ class ReSSLLearner(Learner):
         finally:  # Ctrl-C between `ReSSL.after_pred` and the loss
             if 'ressl' in self.__dict__: self.ressl.restore_loss()
 
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        _check_trackers(self, L(self.cbs)+L(cbs))
+        for cb in L(self.cbs)+L(cbs):
+            if isinstance(cb, SaveModelCallback): check_writable((self.path/self.model_dir/cb.fname).parent)
+        super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
-        "As in fastai, and no trace of it is left"
+        "As in fastai, and no trace of it is left but the curve in `learn.recorder`"
         with _unchanged(self): return super().lr_find(**kwargs)
+
+    def _clean(self, ds_idx, dl): return clean_dl(self.dls.train) if dl is None and ds_idx==0 else dl
+
+    @delegates(Learner.get_preds)
+    def get_preds(self, ds_idx=1, dl=None, **kwargs):
+        "As in fastai, and of clean images also in the training set (`ds_idx=0`)"
+        return super().get_preds(ds_idx, self._clean(ds_idx, dl), **kwargs)
+
+    def validate(self, ds_idx=1, dl=None, cbs=None):
+        "As in fastai, and on clean images also in the training set (`ds_idx=0`)"
+        return super().validate(ds_idx, self._clean(ds_idx, dl), cbs)
 
     def to_fp32(self):
         "Training in float32"
@@ -147,14 +204,18 @@ class ReSSLLearner(Learner):
 
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):
-        "Save what embeds images: the student, without teacher, queue, optimizer and callbacks"
+        "Save what embeds images: the student, without teacher, queue, optimizer and callbacks; `embed` and all that needs features take it"
         model = get_model(self.model)
         learn = ReSSLLearner(self.dls, Embedder(model.encoder, model.projector, model.predictor), loss_func=embedding_loss, path=self.path, model_dir=self.model_dir)
         Learner.export(learn, fname, **kwargs)
 
-    def predict(self, item, rm_type_tfms=None, with_input=False):
-        "The embedding of an image, three times, as fastai gives a prediction decoded and as it is"
-        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
+    def predict(self,
+        item, # Image file, opened image (of PIL, or an array), bytes of a file, or whatever `dls` was made from
+        rm_type_tfms:int=None, # As in fastai
+        with_input:bool=False # Whether the image comes first
+    ) -> tuple: # The embedding (dim,), three times, as fastai gives a prediction decoded and as it is
+        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; its features, for all else, are those of `embed`"
+        dl = self.dls.test_dl([_as_image(self.dls, item)], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
         x,z,_ = self.get_preds(dl=dl, with_input=True)
         return ((x[0],) if with_input else ()) + (z[0],)*3
 
@@ -162,20 +223,71 @@ class ReSSLLearner(Learner):
         "Refused: an embedding is no picture"
         raise ValueError("an embedding cannot be shown beside a target: see show_neighbors for what it finds alike, embed and knn_accuracy for what it is good for")
 
+# %% ../nbs/07_learner.ipynb #a1c0002b
+def _check_views(model, x, bs, **tfms):
+    "Try a training step's forward pass with views of each size, in a batch of two images or of one; no trace of it is left"
+    def size_of(o):
+        if isinstance(o, views.RandomView): return o.size
+        with no_random(): return tuple(o(x.as_subclass(Tensor)).shape[2:])
+    p,net,(c,*size) = next(model.parameters()),model.embedder.train(),x.shape[1:]
+    for nm,fs in tfms.items():
+        for h,w in dict.fromkeys(map(size_of, listify(fs))):
+            buffers = {k:v.clone() for k,v in net.named_buffers()}  # the running statistics stay as they are
+            try:
+                with no_random(), torch.no_grad(): functional_call(net, buffers, x.new_zeros(min(bs, 2), c, h, w).as_subclass(Tensor).to(p))
+            except Exception as e:
+                if bs==1: raise ValueError(f"bs must be at least 2 for {model.encoder.arch} with batch norm, got 1 ({e})") from e
+                raise ValueError(f"{nm} makes views of {h} x {w} pixels, which {model.encoder.arch} cannot be trained with ({e}): give them the size of the images, "
+                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)*5), or take an architecture for any size (of timm's transformers "
+                    "partial(timm.create_model, name, dynamic_img_size=True, dynamic_img_pad=True))") from e
+
+def _check_trackers(learn, cbs):
+    "fastai's callbacks that watch a value of the progress table count an epoch without one as no better, or end in an error"
+    for cb in cbs.filter(lambda o: isinstance(o, TrackerCallback) and o.monitor!='train_loss' and not getattr(o, 'every_epoch', False)):
+        what = f"{type(cb).__name__} watches {cb.monitor}, which"
+        if learn.dls.valid.n==0: raise ValueError(f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
+        every = max([getattr(m, 'every', 1) for m in learn.metrics if m.name==cb.monitor], default=1)
+        if getattr(cb, 'patience', every)<every: raise ValueError(
+            f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between two values, got {cb.patience}")
+
+def _follow(learn, dls):
+    "`RandomView`s grow with the images of `dls`; what the model cannot be trained with is refused"
+    ressl,enc = learn.ressl,get_model(learn.model).encoder
+    old,x = first_images(learn.dls, 1)[0],first_images(dls)[0]
+    if x.shape[1]!=enc.n_in: raise ValueError(f"dls must have images with {enc.n_in} channels, as the model was made for, got {x.shape[1]}")
+    def resized(o):
+        if not isinstance(o, views.RandomView): return o
+        o = copy(o)
+        o.size = tuple(max(1, round(s*b/a)) for s,a,b in zip(o.size, old.shape[2:], x.shape[2:]))
+        return o
+    strong = [resized(o) for o in listify(ressl.strong_tfms)]
+    new = dict(weak_tfms=resized(ressl.weak_tfms), strong_tfms=strong if isinstance(ressl.strong_tfms, (list,tuple,L)) else strong[0])
+    _check_views(get_model(learn.model), x, dls.train.bs, **new)
+    for nm,o in new.items(): setattr(ressl, nm, o)
+
+def _as_image(dls, item):
+    "An array as PIL's image, whose mode can be changed, if `dls` opens images"
+    pipe = getattr(getattr(dls.train_ds, 'tls', [dls.train_ds])[0], 'tfms', None)
+    if not isinstance(item, np.ndarray) or not any(isinstance(f, OpenImage) for f in getattr(pipe, 'fs', [])): return item
+    try: return Image.fromarray(item)
+    except TypeError as e: raise ValueError(f"an array must be (h, w), (h, w, 3) or (h, w, 4) of uint8, got {item.dtype} of shape {item.shape}") from e
+
 # %% ../nbs/07_learner.ipynb #dbbda297
 def _stats(dls, body, n_in, pretrained):
     "What pretrained weights were trained with; else ImageNet's statistics for three channels, those of the images otherwise"
     if n_in!=3: return image_stats(dls)
-    if pretrained and isinstance(body, TimmBody): return body.model.default_cfg['mean'],body.model.default_cfg['std']
-    return imagenet_stats
+    cfg = first(m.default_cfg for m in body.modules() if hasattr(m, 'default_cfg')) if pretrained else None  # timm's
+    return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
 
 def _norm_stats(dls):
     "Mean and standard deviation that `dls` normalises with, two lists; None without"
     norm = get_normalize(dls)
     return norm and tuple(o.flatten().tolist() for o in (norm.mean,norm.std))
 
-def _add_normalize(dls, stats):
-    dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], 'after_batch')
+def _add_normalize(dls, stats, measured=False):
+    norm = Normalize.from_stats(*stats, cuda=False)
+    norm.measured = measured  # on these images: a fit that is continued takes its own along
+    dls.add_tfms([norm], 'after_batch')
     if dls.device is not None: dls.to(dls.device)  # takes the statistics along
 
 def _splitter(body, arch):
@@ -215,7 +327,7 @@ def ressl_learner(
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
-    opt_func=Adam, # Optimizer function
+    opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
     precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto', bfloat16 where it pays; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
@@ -225,20 +337,23 @@ def ressl_learner(
     "A learner that trains `arch` on the images of `dls` by relational self-supervised learning (2107.09282)"
     b = first_images(dls)
     size,n_in = tuple(b[0].shape[2:]),b[0].shape[1]
+    if b[0].dtype not in (torch.float32, torch.uint8): raise ValueError(
+        f"images must be float32, or uint8 for IntToFloatTensor, dls gives {b[0].dtype}: convert them where they are opened, as in get_x")
     queue_size = ifnone(queue_size, default_queue_size(dls.train.n))
     if queue_size>dls.train.n: raise ValueError(f"queue_size must be at most the number of training images, {dls.train.n}, got {queue_size}")
     if not len(dls.train): raise ValueError(f"bs={dls.train.bs} is larger than the training set of {dls.train.n} images: no batch would be full")
-    ressl = ReSSL(ifnone(weak_tfms, views.weak_tfms(size)), ifnone(strong_tfms, views.strong_tfms(size)),
-                  teacher_momentum, student_temp, teacher_temp, warmup, shuffle=batch_norm=='split')
+    weak_tfms,strong_tfms = ifnone(weak_tfms, views.weak_tfms(size)),ifnone(strong_tfms, views.strong_tfms(size))
+    ressl = ReSSL(weak_tfms, strong_tfms, teacher_momentum, student_temp, teacher_temp, warmup, shuffle=batch_norm=='split')
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers, projector_bn,
                        predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
+    _check_views(model, b[0], dls.train.bs, weak_tfms=weak_tfms, strong_tfms=strong_tfms)
     set_batch_norm(model, batch_norm, n_splits)
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder)))+L(Guard() if guard else None)+L(cbs)
+    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder, dls.train.bs*size[0]*size[1])))+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
-    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained))
+    if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     look_at_files(dls)
     return learn
 
@@ -290,19 +405,24 @@ def save_encoder(self:Learner,
     enc,stats = _pretrained(self, teacher)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem, nf=enc.nf, teacher=teacher,
                  normalize=stats, body=enc[0].state_dict())
-    for k,v in state['body'].items(): state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
-    file = _encoder_file(file, self.path/self.model_dir)
-    torch.save(state, aside := file.with_suffix('.part'))
-    return aside.replace(file)  # an older file stays whole until the new one is
+    for k,v in state['body'].items():
+        if fault := _fault(v, v): raise ValueError(f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
+        state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
+    return write_torch(_encoder_file(file, self.path/self.model_dir), state)
 
 # %% ../nbs/07_learner.ipynb #167aaf33
 def _read_encoder(file):
     file = Path(file)
     if not file.exists(): raise FileNotFoundError(f"no encoder file {file}")
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    try: state = read_torch(file)
     except Exception as e: raise ValueError(f"{file} cannot be read as an encoder file: {e}") from e
     if not isinstance(state, dict) or state.get('format')!='ressl_fastai encoder':
         raise ValueError(f"{file} is not an encoder file: save one with learn.save_encoder(name)")
+    def is_stats(o): return o is None or isinstance(o, (list,tuple)) and [type(v) for v in o]==[list,list]
+    kinds = dict(arch=str, n_in=int, stem=str, body=dict)
+    wrong = [k for k,kind in kinds.items() if not isinstance(state.get(k), kind)]
+    if not is_stats(state.get('normalize', 'missing')): wrong.append('normalize')
+    if wrong: raise ValueError(f"{file} is not a whole encoder file: {wrong[0]} is {state.get(wrong[0], 'missing')!r:.100}")
     return state
 
 def _body_of(model):
@@ -311,13 +431,25 @@ def _body_of(model):
     if isinstance(model, nn.Sequential) and len(model): return model[0]  # `Encoder`, `vision_learner`'s model
     return model
 
+_floats = torch.float16,torch.bfloat16,torch.float32,torch.float64
+
+def _fault(have, want):
+    "What is wrong with the values of a tensor of a file, for a tensor of a model"
+    if not isinstance(have, Tensor): return f"is a {type(have).__name__}, no tensor"
+    if have.layout!=torch.strided: return f"is sparse ({have.layout})"
+    if have.dtype not in (_floats if want.dtype in _floats else (want.dtype,)): return f"is of {have.dtype}, which does not become {want.dtype}"
+    if not have.isfinite().all(): return "holds values that are not finite"
+
 def _check_fit(body, state, file):
-    want,have = ({k:tuple(v.shape) for k,v in o.items()} for o in (body.state_dict(), state['body']))
+    weights = body.state_dict()
+    want,have = ({k:tuple(getattr(v, 'shape', ())) for k,v in o.items()} for o in (weights, state['body']))
     wrong = [k for k in want.keys()|have.keys() if want.get(k)!=have.get(k)]
     if wrong:
         k = min(wrong)
         raise ValueError(f"{file} holds the encoder of {state['arch']} (n_in={state['n_in']}, stem={state['stem']!r}), which does not fit the model: {len(wrong)} of "
                          f"{len(want.keys()|have.keys())} tensors differ, {k} is {want.get(k, 'missing')} in the model and {have.get(k, 'missing')} in the file")
+    for k,v in state['body'].items():
+        if fault := _fault(v, weights[k]): raise ValueError(f"{file} cannot be loaded: {k} {fault}")
 
 def _same_normalize(dls, stats, source):
     "Give `dls` the normalisation of pretraining; refuse another one"

@@ -13,8 +13,9 @@ __all__ = ['stems', 'small_resnet', 'get_arch', 'body_stem', 'set_stem', 'Encode
            'Embedder', 'ReSSLModel']
 
 # %% ../nbs/04_models.ipynb #cbe3cad9
-import inspect
-from contextlib import nullcontext
+import inspect, warnings
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import partial
 
@@ -25,9 +26,10 @@ from fastai.layers import ResBlock
 from fastai.vision.learner import TimmBody, create_body, model_meta
 from fastai.vision.models import xresnet
 from fastai.vision.models.xresnet import XResNet
-from fastcore.basics import ifnone, noop
-from torch import nn
+from fastcore.basics import first, ifnone, noop
+from torch import nn, Tensor
 from torchvision.models import get_model_builder, list_models
+from torchvision.ops import Permute
 
 from .feature_queue import FeatureQueue
 from .teacher import make_teacher, teacher_train
@@ -66,20 +68,73 @@ def _set_channels(model, n_in, pretrained):
 
 def _n_convs(m): return sum(isinstance(o, nn.Conv2d) for o in m.modules())
 
-def _body(arch, n_in, pretrained):
-    if isinstance(arch, nn.Module): return arch
+def _sides(size): return tuple(size) if isinstance(size, (tuple,list)) else (size,size)
+
+@contextmanager
+def _tried(model):
+    "Evaluation mode without gradients; the modes are put back"
+    modes = [(m,m.training) for m in model.modules()]
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally:
+        for m,mode in modes: m.training = mode
+
+def _images(model, n_in, size):
+    "Two images to try `model` with"
+    p = next(model.parameters(), torch.zeros(()))
+    return torch.linspace(0, 1, 2*n_in*size[0]*size[1], device=p.device, dtype=p.dtype).view(2, n_in, *size)
+
+def _fits(body, model, x):
+    "Whether a body that was cut out of `model` runs, and gives the maps that the model has there, where it tells (timm)"
+    with _tried(model):
+        try:
+            maps = body(x)
+            return not hasattr(model, 'forward_features') or torch.allclose(maps, model.forward_features(x))
+        except Exception: return False
+
+def _only_features(model):
+    "Inception's and GoogLeNet's second classifiers are for supervised training, and their dropout for the first"
+    if not hasattr(model, 'aux_logits'): return False
+    model.aux_logits = False
+    for nm in ('AuxLogits','aux1','aux2'): setattr(model, nm, None)
+    model.dropout = nn.Identity()
+    return True
+
+_classifiers = ('fc','classifier','heads','head')
+
+def _without_classifier(model, meta, name, n_in, size):
+    "As fastai cuts it, or whole"
+    keep_forward = _only_features(model)  # their pretrained weights come with another normalisation inside
+    try: body = None if keep_forward else create_body(model, cut=meta.get('cut'))
+    except StopIteration: body = None
+    nm = first(_classifiers, lambda o: hasattr(model, o))
+    if body is not None and (meta.get('cut') is not None or _n_convs(body)==_n_convs(model)):
+        if hasattr(model, 'default_cfg'): body.default_cfg = model.default_cfg  # where timm keeps the normalisation of its weights
+        if nm is None or _fits(body, model, _images(model, n_in, size)): return body
+    if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
+    elif nm: setattr(model, nm, nn.Identity())
+    else: raise ValueError(f"cannot tell where the features of {name} end: pass an nn.Module that returns features")
+    return model
+
+def _ends_in_classifier(model):
+    "Whether a network of torchvision, timm or fastai is whole"
+    if not type(model).__module__.startswith(('torchvision.models.','timm.models.','fastai.vision.models.')): return False
+    if hasattr(model, 'reset_classifier'): return getattr(model, 'num_classes', 0)>0
+    last = getattr(model, first(_classifiers, lambda o: hasattr(model, o)) or '', None) or [*model.children()][-1]
+    ends = [o for o in last.modules() if isinstance(o, nn.Identity) or next(o.parameters(recurse=False), None) is not None]
+    return bool(ends) and isinstance(ends[-1], (nn.Linear,nn.Conv2d))
+
+def _meta(model): return first(meta for f,meta in model_meta.items() if f.__module__==type(model).__module__) or {}
+
+def _body(arch, n_in, pretrained, size):
+    if isinstance(arch, nn.Module):
+        return _without_classifier(deepcopy(arch), _meta(arch), _arch_name(arch), n_in, size) if _ends_in_classifier(arch) else arch
     if isinstance(arch, str): return _timm_body(arch, n_in, pretrained)
     if not callable(arch): raise ValueError(f"arch must be a model function, a timm name or an nn.Module, got {arch!r}")
-    model,meta = _instantiate(arch, pretrained),model_meta.get(getattr(arch, 'func', arch), {})
+    model = _instantiate(arch, pretrained)
     _set_channels(model, n_in, pretrained)
-    try: body = create_body(model, cut=meta.get('cut'))
-    except StopIteration: body = None
-    if body is not None and (meta.get('cut') is not None or _n_convs(body)==_n_convs(model)): return body
-    for nm in ('fc', 'classifier', 'heads', 'head'):
-        if hasattr(model, nm):
-            setattr(model, nm, nn.Identity())
-            return model
-    raise ValueError(f"cannot tell where the features of {_arch_name(arch)} end: pass an nn.Module that returns features")
+    return _without_classifier(model, model_meta.get(getattr(arch, 'func', arch), {}), _arch_name(arch), n_in, size)
+
 
 # %% ../nbs/04_models.ipynb #a21e383d
 def small_resnet(
@@ -153,52 +208,85 @@ def set_stem(
 # %% ../nbs/04_models.ipynb #13b2b765
 class _Pool(nn.Module):
     "Mean over positions, for bodies that return feature maps; features pass"
-    def forward(self, x): return x.mean((2,3)) if x.ndim==4 else x
+    def forward(self, x): return x.unsqueeze(-1).flatten(2).mean(2)  # no branch, which torch.fx could not trace
+
+def _channels_last(maps, size):
+    "Whether maps (bs, a, b, c) of images of `size` have their sides, which shrink alike, in front"
+    def sides(h, w): return h<=size[0]+2 and w<=size[1]+2 and abs(h/size[0]-w/size[1])<=2/min(size)
+    return sides(*maps.shape[1:3]) and not sides(*maps.shape[2:])
 
 class Encoder(nn.Sequential):
     "A body and average pooling: images (bs, n_in, h, w) to features (bs, nf)"
+    __jit_unused_properties__ = ['stem']
     def __init__(self,
-        body:nn.Module, # Returns feature maps (bs, nf, h, w) or features (bs, nf)
+        body:nn.Module, # Returns features (bs, nf) or feature maps (bs, nf, h, w); maps (bs, h, w, nf) get their channels in front
         arch:str, # Name of the architecture, kept with saved weights
         n_in:int=3, # Channels of the images
         size:int|tuple=64 # Side, or (height, width), of the image that the width of the features is found with
     ):
         super().__init__(body, _Pool())
-        self.arch,self.n_in = arch,n_in
-        h,w = size if isinstance(size, (tuple,list)) else (size,size)
-        modes = [(m,m.training) for m in self.modules()]
-        p = next(self.parameters(), torch.zeros(()))
-        try:
-            with torch.no_grad(): out = self.eval()(torch.zeros(2, n_in, h, w, device=p.device, dtype=p.dtype))
-        except Exception as e: raise ValueError(f"{arch} does not take images of shape {(n_in,h,w)}: {e}") from e
-        finally:
-            for m,mode in modes: m.training = mode
-        if out.ndim!=2: raise ValueError(f"{arch} must return features (bs, nf) or maps (bs, nf, h, w), it returned shape {tuple(out.shape)}")
+        self.arch,self.n_in,size = arch,n_in,_sides(size)
+        out = self._try(size)
+        if isinstance(out, Tensor) and out.ndim==4 and _channels_last(out, size):
+            self[0] = nn.Sequential(body, Permute([0,3,1,2]))
+            self[0]._ressl_stem = body_stem(body)
+            out = self[0][1](out)
+        if not isinstance(out, Tensor) or out.ndim not in (2,4): raise ValueError(f"{arch} must return features (bs, nf) or maps (bs, nf, h, w), it "
+            f"returned {f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'}")
         self.nf = out.shape[1]
+
+    def _try(self, size):
+        "What the body makes of images of `size`"
+        x = torch.zeros_like(_images(self, self.n_in, size))
+        try:
+            with _tried(self[0]) as body: return body(x)
+        except Exception as e:
+            hint = "" if self.stem=='standard' else f" (with stem={self.stem!r}; try stem='standard')"
+            raise ValueError(f"{self.arch} does not take images of shape {tuple(x.shape[1:])}{hint}: {e}") from e
 
     @property
     def stem(self): return body_stem(self[0])
 
     def extra_repr(self): return f"arch={self.arch}, n_in={self.n_in}, stem={self.stem}, nf={self.nf}"
 
+
 # %% ../nbs/04_models.ipynb #b0ecccea
 def create_encoder(
     arch, # torchvision or fastai model function (or `partial` of one), timm name, `nn.Module` or `Encoder`
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's weights, a download unless it is cached
-    stem:str='auto', # 'standard', 'small_pool', 'small', or 'auto': by `size`, and 'standard' for pretrained weights, patches and modules
+    stem:str='auto', # 'standard', 'small_pool', 'small', or 'auto': by `size`, and 'standard' for pretrained weights, patches, modules and networks that would not run
     size:int|tuple=64 # Side, or (height, width), of the images in pixels
 ) -> Encoder: # Images (bs, n_in, h, w) to features (bs, nf)
     "An encoder from any architecture"
     if isinstance(arch, Encoder): return Encoder(set_stem(arch[0], arch.stem if stem=='auto' else stem), arch.arch, n_in, size)
-    body = _body(arch, n_in, pretrained)
-    if stem=='auto': stem = _auto_stem(body, size) if not (pretrained or isinstance(arch, nn.Module)) else body_stem(body)
-    return Encoder(set_stem(body, stem), _arch_name(arch), n_in, size)
+    def make(stem): return Encoder(set_stem(body, body_stem(body) if stem=='auto' else stem), _arch_name(arch), n_in, size)
+    body,module = _body(arch, n_in, pretrained, _sides(size)),isinstance(arch, nn.Module)
+    if stem!='auto' or module or pretrained: enc = make(stem)
+    else:
+        try: return make(_auto_stem(body, size))
+        except ValueError:  # as in RepVGG, where another convolution beside the first keeps its stride
+            body = _body(arch, n_in, pretrained, _sides(size))
+            return make('standard')
+    if module: _warn_of_classifier(enc, _sides(size))
+    return enc
 
 def _auto_stem(body, size):
     side,(_,_,conv) = min(size) if isinstance(size, (tuple,list)) else size,_child(body, nn.Conv2d)
     if conv is None or conv.kernel_size==conv.stride: return 'standard'
     return 'small' if side<=40 else 'small_pool' if side<=80 else 'standard'
+
+def _warn_of_classifier(enc, size):
+    "Of a module whose output is that of a linear layer"
+    linear = {}
+    hooks = [m.register_forward_hook(lambda m,i,o,nm=nm: linear.update({nm:o})) for nm,m in enc[0].named_modules() if isinstance(m, nn.Linear)]
+    try: out = enc._try(size)
+    finally:
+        for h in hooks: h.remove()
+    if nm := first(linear, lambda o: linear[o] is out): warnings.warn(f"{enc.arch} ends in a linear layer ({nm or 'itself'}, {enc.nf} outputs). If "
+        "that is its classifier, its class scores would be taken for features: pass the network without it, with nn.Identity() in its place, or its "
+        "body alone (of a vision_learner learn.model[0]); else all is well")
+
 
 # %% ../nbs/04_models.ipynb #019cf606
 def create_mlp(
@@ -217,7 +305,11 @@ def create_mlp(
 
 class L2Norm(nn.Module):
     "Rows of unit length, in float32 or better"
-    def forward(self, x): return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    def forward(self, x): return F.normalize(_at_least_float32(x), dim=1)
+
+def _at_least_float32(x:Tensor) -> Tensor: return x if x.dtype==torch.float64 else x.float()
+
+torch.fx.wrap('_at_least_float32')  # not to be traced: what it does depends on the input
 
 # %% ../nbs/04_models.ipynb #e4a40001
 class Embedder(nn.Module):
@@ -233,8 +325,7 @@ class Embedder(nn.Module):
 
     def encode(self, x): return self.encoder(x)
 
-    def forward(self, *xs):
-        with self.autocast(xs[0]): return torch.cat([self.norm(self.predictor(self.projector(self.encoder(x)))) for x in xs])
+    def forward(self, x): return self.norm(self.predictor(self.projector(self.encoder(x))))
 
     def autocast(self, x):
         "Autocast on the device of `x`, in training alone: what is measured and kept is computed in float32"
@@ -260,6 +351,9 @@ class ReSSLModel(Embedder):
         super().__init__(encoder, projector, create_mlp(dim, ifnone(predictor_hidden, n_hidden), dim, predictor_layers, predictor_bn))
         self.teacher = make_teacher(self.student)
         self.queue = FeatureQueue(queue_size, dim, queue_dtype)
+
+    def forward(self, *xs):
+        with self.autocast(xs[0]): return torch.cat([Embedder.forward(self, x) for x in xs])
 
     @property
     def student(self): return nn.Sequential(self.encoder, self.projector, self.norm)

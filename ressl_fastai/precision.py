@@ -43,16 +43,22 @@ def _depthwise(model):
     ms = list(model.modules())
     return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels for m in ms) and any(isinstance(m, nn.BatchNorm2d) for m in ms)
 
+def _little_work(pixels):
+    "Whether a GPU computes a batch in float32 before its host has asked for the casts to bfloat16, one for each weight of student and teacher at each step"
+    return pixels is not None and pixels<2**21
+
 def choose_precision(
     precision:str, # 'float32', 'bfloat16', or 'auto': bfloat16 where it pays
     channels_last:bool|str, # Layout of maps and weights, or 'auto': where it pays
     device:torch.device|str, # Where it will compute
-    model:nn.Module=None # What it will compute; default: not asked
+    model:nn.Module=None, # What it will compute; default: not asked
+    pixels:int=None # Pixels of a batch; default: not asked
 ) -> tuple: # What autocast computes in (None: float32), and whether channels come last
-    "bfloat16 and channels last on devices that have bfloat16; on a CPU not bfloat16 for depthwise convolutions with batch norm"
+    "bfloat16 and channels last on devices that have bfloat16; on a CPU not bfloat16 for depthwise convolutions with batch norm, on a GPU not for few pixels"
     if precision not in (*precisions,'auto'): raise ValueError(f"precision must be 'auto', {' or '.join(map(repr, precisions))}, got {precision!r}")
     if channels_last not in (True,False,'auto'): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-    pays,light = has_bfloat16(device),torch.device(device).type=='cpu' and model is not None and _depthwise(model)
+    pays,on_gpu = has_bfloat16(device),torch.device(device).type=='cuda'
+    light = _little_work(pixels) if on_gpu else torch.device(device).type=='cpu' and model is not None and _depthwise(model)
     dtype = (torch.bfloat16 if pays and not light else None) if precision=='auto' else precisions[precision]
     return dtype,(pays if channels_last=='auto' else channels_last)
 

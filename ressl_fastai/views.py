@@ -61,33 +61,35 @@ def resize_taps(
     start:Tensor, # (bs,) first pixel of each interval
     length:Tensor, # (bs,) pixels in each interval, at least 1
     size:int, # Pixels of the view along this axis
-    flipped:Tensor=None # (bs,) whether the view runs backwards; default: none does
-) -> tuple: # Pixels and their non-negative weights, both (bs, size, k); k is 2, or more where an interval shrinks; weights sum to 1
+    flipped:Tensor=None, # (bs,) whether the view runs backwards; default: none does
+    k:int=None # Pixels that make one, at least 2 and twice the largest shrinkage; default: just that, for which values are read, and a GPU waited for
+) -> tuple: # Pixels and their non-negative weights, both (bs, size, k); weights sum to 1
     "Antialiased bilinear resizing of an interval: which pixels make a pixel of the view"
     start,length = start[:,None,None],length[:,None,None]
     step,last = length/size,start+length-1
     reach = step.clamp(min=1)
+    if k is None: k = math.ceil(2*reach.max())
     if flipped is not None: step = torch.where(flipped[:,None,None], -step, step)
     centre = (start+last)/2 + torch.arange((1-size)/2, size/2, device=start.device)[:,None]*step
     first = (centre-reach).floor() + 1
-    if reach.max()==1:  # nothing shrinks: two pixels, of which the one beyond the border is the one at it
+    if k==2:  # nothing shrinks: two pixels, of which the one beyond the border is the one at it
         part = centre-first
         return (first+torch.arange(2., device=start.device)).clamp(start, last).int(),torch.cat([1-part, part], 2)
-    pixels = first + torch.arange(math.ceil(2*reach.max()), device=start.device)
+    pixels = first + torch.arange(k, device=start.device)
     inside = pixels.clamp(start, last)
     weights = (1 - (pixels-centre).abs()/reach).clamp(min=0) * (pixels==inside)
     return inside.int(),weights/weights.sum(2, keepdim=True)
 
 @lru_cache(maxsize=32)
-def _all_taps(n, size):
+def _all_taps(n, size, device):
     "Of all intervals from the first pixel on that `n` pixels can hold; then the same backwards"
     length = torch.arange(n+1.).clamp(min=1).repeat(2)
-    return resize_taps(torch.zeros_like(length), length, size, torch.arange(2*n+2)>n)
+    return tuple(o.to(device) for o in resize_taps(torch.zeros_like(length), length, size, torch.arange(2*n+2)>n))
 
-def _look_up(start, length, flipped, n, size):
+def _look_up(start, length, flipped, n, size, k=None):
     "`resize_taps` of whole numbers"
-    if n>256: return resize_taps(start, length, size, flipped)  # a large table, and little to gain
-    (pixels,weights),i = _all_taps(n, size),length+flipped*(n+1)
+    if n>512: return resize_taps(start, length, size, flipped, k)  # a table of more than 8 MB
+    (pixels,weights),i = _all_taps(n, size, start.device),length+flipped*(n+1)
     return pixels.index_select(0, i).add_(start[:,None,None]),weights.index_select(0, i)
 
 # %% ../nbs/03_views.ipynb #5d0f7a11
@@ -105,12 +107,16 @@ def weigh_rows(
     return F.embedding_bag(pixels, x.reshape(-1, m), mode='sum', per_sample_weights=weights).view(bs, c, size, m)
 
 # %% ../nbs/03_views.ipynb #b8382dc4
+def _reach(sigma): return math.ceil(4*sigma.max())
+
 def blur_taps(
     sigma:Tensor, # (bs,) standard deviations in pixels of the view, >= 0; 0 is no blur
-    size:int # Pixels along this axis
+    size:int, # Pixels along this axis
+    reach:int=None # How many pixels far; default: four of the largest standard deviation, for which values are read, and a GPU waited for
 ) -> tuple: # Pixels and their weights, both (bs, size, k); weights sum to 1
     "Gaussian blur along one axis to four standard deviations; beyond the border is the pixel at it"
-    offsets = torch.arange(-math.ceil(4*sigma.max()), math.ceil(4*sigma.max())+1, device=sigma.device)
+    if reach is None: reach = _reach(sigma)
+    offsets = torch.arange(-reach, reach+1, device=sigma.device)
     pixels = (torch.arange(size, device=sigma.device)[:,None]+offsets).clamp(0, size-1).int()
     weights = (-0.5*(offsets/sigma.clamp(min=1e-3)[:,None])**2).softmax(1)
     return pixels.expand(len(sigma), -1, -1),weights[:,None].expand(-1, size, -1)
@@ -121,6 +127,9 @@ _yiq = torch.stack([_luma, torch.tensor([0.5959,-0.2746,-0.3213]), torch.tensor(
 _quarter = _yiq.inverse() @ torch.tensor([[0.,0.,0.], [0.,0.,1.], [0.,-1.,0.]]) @ _yiq  # a quarter turn, the way that torchvision turns
 _gray,_chroma = _luma.repeat(3),torch.stack([torch.eye(3)-_luma, _quarter]).flatten(1)
 
+@lru_cache
+def _constants(device): return tuple(o.to(device) for o in (_luma,_gray,_chroma))
+
 def color_matrices(
     mean:Tensor, # (bs, c) mean colour of each image, which contrast needs
     amounts:Tensor # (bs, 4) brightness, contrast, saturation, all >= 0, and hue in whole turns; the latter two only with 3 channels
@@ -128,8 +137,8 @@ def color_matrices(
     "Brightness, contrast, saturation and hue as one affine map per image"
     (bs,c),(b,k,s,h) = mean.shape,amounts.to(mean.device).T
     if c==3:
-        luma,turn = _luma.to(mean.device),torch.view_as_real(torch.polar(s, 2*math.pi*h))
-        linear = torch.addmm(_gray.to(mean.device), turn, _chroma.to(mean.device)).view(bs, 3, 3)
+        (luma,gray,chroma),turn = _constants(mean.device),torch.view_as_real(torch.polar(s, 2*math.pi*h))
+        linear = torch.addmm(gray, turn, chroma).view(bs, 3, 3)
     else: luma,linear = mean.new_full((c,), 1/c),torch.eye(c, device=mean.device)
     bk = b*k
     return torch.cat([bk[:,None,None]*linear, ((b-bk)*(mean@luma))[:,None,None].expand(bs, c, 1)], 2)
@@ -152,6 +161,20 @@ def draw_jitter(
     amounts[:,2:3].masked_fill_(gray, 0.)
     return amounts
 
+# %% ../nbs/03_views.ipynb #5e4d0001
+def _send(
+    tensors:list, # Small tensors on the CPU
+    device:torch.device # Where they are needed
+) -> list: # The same there
+    "All in one copy that nobody waits for: a GPU fetches it from pinned memory when it comes to it"
+    if device.type=='cpu': return tensors
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # numbers of 8 bytes begin at multiples of 8
+    parts = [tensors[i].as_subclass(Tensor).reshape(-1).view(torch.uint8) for i in order]
+    together = torch.cat(parts)
+    if device.type=='cuda': together = together.pin_memory()
+    there = dict(zip(order, together.to(device, non_blocking=True).split([len(o) for o in parts])))
+    return [there[i].view(o.dtype).view(o.shape).as_subclass(type(o)) for i,o in enumerate(tensors)]
+
 # %% ../nbs/03_views.ipynb #bbe7155e
 def _resample(x, taps):
     "Rows, then columns, the latter as rows of the transposed images; so the result lies in memory with columns first, on which the next two build"
@@ -159,11 +182,11 @@ def _resample(x, taps):
     for o in taps: x = weigh_rows(x, *o).mT
     return x
 
-def _blur(x, sigma):
+def _blur(x, blurred, sigma, reach):
     "In place, and of those images that are blurred at all"
-    x,blurred = x.mT,sigma.nonzero()[:,0].to(x.device)
     if not len(blurred): return
-    taps = {n:blur_taps(sigma[sigma>0], n) for n in set(x.shape[2:])}
+    x = x.mT
+    taps = {n:blur_taps(sigma, n, reach) for n in set(x.shape[2:])}
     x[blurred] = _resample(x.index_select(0, blurred), [taps[n] for n in x.shape[2:]])
 
 def _color(x, jitter, out):
@@ -213,16 +236,30 @@ class RandomView:
         return v
 
     def _fill(self, v, x):
+        "Whatever is read from the random numbers is read before they are sent: a GPU works on a view long after this has returned"
         boxes,flipped,sigma = self._draw(len(x), *x.shape[2:])
-        taps = self._taps(boxes, flipped, x)
-        jitter = draw_jitter(len(x), *self.jitter, self.jitter_p, self.gray_p, self.generator) if self.jitter_p or self.gray_p else None
+        jitter = draw_jitter(len(x), *self.jitter, self.jitter_p, self.gray_p, self.generator) if self.jitter_p or self.gray_p else sigma[:0]
         n = self._at_a_time(x)
-        for i in range(0, len(x), n):
+        ks,(blurred,sigmas,reaches) = self._most_pixels(boxes),self._blurred(sigma.split(n))
+        sent = _send([*blurred, *sigmas, boxes.int().T, jitter, flipped], x.device)
+        blurred,sigmas,(boxes,jitter,flipped) = sent[:len(blurred)],sent[len(blurred):-3],sent[-3:]
+        taps = self._taps(boxes, flipped, x, ks)
+        for j,i in enumerate(range(0, len(x), n)):
             part = slice(i, i+n)
             y = _resample(x[part], [[o[part] for o in axis] for axis in taps])
-            if self.blur_p: _blur(y, sigma[part])
-            if jitter is None: v[part] = y
-            else: _color(y, jitter[part], v[part])
+            if blurred: _blur(y, blurred[j], sigmas[j], reaches[j])
+            if len(jitter): _color(y, jitter[part], v[part])
+            else: v[part] = y
+
+    def _most_pixels(self, boxes):
+        "Of an image that make a pixel of the view: in rows and in columns"
+        return [max(2, math.ceil(2*longest/size)) for longest,size in zip(boxes[:,2:].amax(0).tolist(), self.size)]
+
+    def _blurred(self, sigmas):
+        "Of each part of the batch: which images are blurred, how much, and how many pixels far; nothing without blur"
+        if not self.blur_p: return [],[],[]
+        which = [o.nonzero()[:,0] for o in sigmas]
+        return which,[o[i] for o,i in zip(sigmas, which)],[_reach(o) for o in sigmas]
 
     def _at_a_time(self, x):
         "Images that fit a processor's cache; on a GPU all"
@@ -239,11 +276,11 @@ class RandomView:
         (flip,blur,sigma),(lo,hi) = torch.rand(3, bs, generator=self.generator),self.blur_sigma
         return boxes,flip<self.flip_p,(lo+(hi-lo)*sigma).where(blur<self.blur_p, 0.)
 
-    def _taps(self, boxes, flipped, x):
-        "Of rows and of columns: crop, flip and resize"
-        (start,length),flips,n,(h,w) = boxes.int().T.chunk(2),torch.stack([torch.zeros_like(flipped), flipped]),x.shape[2:],self.size
-        if h==w and n[0]==n[1]: rows,cols = zip(*[o.chunk(2) for o in _look_up(start.flatten(), length.flatten(), flips.flatten(), n[0], h)])  # both at once
-        else: rows,cols = map(_look_up, start, length, flips, n, (h,w))
+    def _taps(self, boxes, flipped, x, ks):
+        "Of rows and of columns, made of at most `ks` pixels: crop, flip and resize"
+        (start,length),flips,n,(h,w) = boxes.chunk(2),torch.stack([torch.zeros_like(flipped), flipped]),x.shape[2:],self.size
+        if h==w and n[0]==n[1]: rows,cols = zip(*[o.chunk(2) for o in _look_up(*(o.flatten() for o in (start, length, flips)), n[0], h, max(ks))])  # both at once
+        else: rows,cols = map(_look_up, start, length, flips, n, (h,w), ks)
         return ((rows[0],rows[1]/255) if x.dtype==torch.uint8 else rows),cols
 
 # %% ../nbs/03_views.ipynb #b3901d08

@@ -23,6 +23,7 @@ import torch
 from torch import nn, Tensor
 from torchvision.models import get_model
 
+from .files import read_torch
 from .models import Encoder, create_encoder
 
 # %% ../nbs/08_weights.ipynb #e8aa31b0
@@ -37,7 +38,7 @@ layouts = {
 # %% ../nbs/08_weights.ipynb #badb1a47
 def _load(file):
     if not file.exists(): raise FileNotFoundError(f"no checkpoint {file}")
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    try: state = read_torch(file)
     except Exception as e:
         code = re.search(r'GLOBAL (\S+)', str(e))
         if code and code[1].startswith(('fastai.', 'fastcore.')):

@@ -1,5 +1,6 @@
 "`relation`, `ressl_loss` and `info_nce_loss` against sums written out element by element, value and gradient, and what they keep in memory."
 import math
+from contextlib import nullcontext
 
 import pytest, torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ def test_info_nce_value_and_gradient(bs, size, dim):
         if bs>1 or name!='pairs mismatched': assert not torch.isclose(wrong, want, rtol=1e-3), name
 
 @pytest.fixture(params=[2**20, 40, 1], ids=['one piece','pieces','rows'])
-def piece(request, monkeypatch): monkeypatch.setattr(losses, '_n_logits', request.param)
+def piece(request, monkeypatch): monkeypatch.setattr(losses, '_n_logits', lambda device: request.param)
 
 @pytest.mark.parametrize('loss,oracle', [(ressl_loss,loss_and_grad), (info_nce_loss,nce_and_grad)])
 @pytest.mark.parametrize('views', [1, 3])
@@ -120,7 +121,7 @@ def test_crops_and_pieces_of_the_queue(piece, loss, oracle, views):
 
 def test_pieces_whose_largest_logits_grow_and_shrink(monkeypatch):
     "The running maximum: pieces in any order, long embeddings, exact where exp of a logit would overflow"
-    monkeypatch.setattr(losses, '_n_logits', 4)
+    monkeypatch.setattr(losses, '_n_logits', lambda device: 4)
     z,queue = torch.randn(2, 3).double()*30,torch.randn(9, 3).double()*30
     for q in (queue, queue.flip(0), queue[(z[0]@queue.T).argsort()]):
         want = -((z@q.T/0.04).softmax(1)*(z@q.T/0.1).log_softmax(1)).sum(1).mean()
@@ -145,7 +146,7 @@ class Largest(TorchDispatchMode):
     def __enter__(self): self.numel = 0; return super().__enter__()
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not any(out.untyped_storage().data_ptr()==o.untyped_storage().data_ptr() for o in args if isinstance(o, torch.Tensor)):
+        if isinstance(out, torch.Tensor) and not any(out.untyped_storage()._cdata==o.untyped_storage()._cdata for o in args if isinstance(o, torch.Tensor)):
             self.numel = max(self.numel, out.numel())
         return out
 
@@ -158,13 +159,21 @@ def memory(loss, bs=8, size=500, dim=4):
     return max(kept),largest.numel
 
 def test_nothing_of_the_queues_size_is_kept_or_made(monkeypatch):
-    monkeypatch.setattr(losses, '_n_logits', 8*50)
+    monkeypatch.setattr(losses, '_n_logits', lambda device: 8*50)
     def plain(zs, zt, queue): return -(relation(zt, queue, 0.04)*(zs@queue.T/0.1).log_softmax(1)).sum(1).mean()
     for loss in (ressl_loss, info_nce_loss):
         kept,made = memory(loss)
         assert kept<=2*8*4 and made<=8*50, (kept,made)  # as much as the embeddings of student and teacher
     kept,made = memory(plain)
     assert kept>=8*500 and made>=8*500  # control
+
+@pytest.mark.parametrize('device,most', [('cpu', 2**20), ('meta', 2**24)])
+def test_pieces_are_as_large_as_the_device_likes_them(device, most, monkeypatch):
+    "A processor's cache, or what keeps another device busy; `meta` stands for the latter"
+    monkeypatch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())  # which does not know `meta`
+    zs,zt,queue = (torch.zeros(n, 8, device=device) for n in (64,64,2**19))
+    with Largest() as largest: ressl_loss(zs, zt, queue)
+    assert largest.numel==most
 
 def test_collapse_is_ln_k():
     z = F.normalize(torch.ones(16, 8), dim=1)

@@ -119,6 +119,14 @@ def test_auto_asks_the_processor(monkeypatch):
         with torch.device('meta'): net = arch(weights=None)
         assert choose_precision('auto', 'auto', 'cpu', net)==(dtype,True) and choose_precision('bfloat16', 'auto', 'cpu', net)==(torch.bfloat16,True)
 
+def test_auto_on_a_gpu_asks_for_pixels(monkeypatch):
+    "Few pixels are computed before the casts are asked for; a CPU does not mind"
+    monkeypatch.setattr(P, 'has_bfloat16', lambda device: True)
+    few,many = 256*64*64,128*224*224
+    assert [choose_precision('auto', 'auto', 'cuda', pixels=n)[0] for n in (few,many,None)]==[None,torch.bfloat16,torch.bfloat16]
+    assert choose_precision('auto', 'auto', 'cuda', pixels=few)[1] and choose_precision('bfloat16', 'auto', 'cuda', pixels=few)[0]==torch.bfloat16
+    assert choose_precision('auto', 'auto', 'cpu', pixels=few)[0]==torch.bfloat16
+
 def test_impossible_arguments_are_refused():
     for kw,text in ((dict(precision='half'), "precision must be 'auto'"), (dict(precision=None), 'precision must be'), (dict(channels_last='yes'), 'channels_last must be')):
         with pytest.raises(ValueError, match=text): few(**kw)

@@ -136,13 +136,20 @@ def foreign(names):
     "What a wheel holds beside the package and its metadata"
     return [n for n in names if not re.fullmatch(rf'{lib}/\w+\.py|{lib}-[^/]+\.dist-info/.+', n)]
 
-def test_wheel_holds_only_the_package(tmp_path):
+def wheel(source, folder):
+    "Build one and open it"
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', folder, source], check=True)
+    return zipfile.ZipFile(next(folder.glob('*.whl')))
+
+def test_wheel_and_the_one_from_the_sdist_hold_only_the_package(tmp_path):
     # a copy: building in place leaves build/, whose stale files would go into the next wheel
     tree = shutil.copytree(root, tmp_path/'tree', ignore=shutil.ignore_patterns('.*', 'build', 'dist', '*.egg-info', 'demo*', 'benchmarks'))
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path, tree], check=True)
-    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as whl:
+    sdist = 'from setuptools.build_meta import build_sdist; print(build_sdist("dist"))'
+    name = subprocess.run([sys.executable, '-c', sdist], cwd=tree, check=True, capture_output=True, text=True).stdout.split()[-1]
+    with wheel(tree, tmp_path) as whl, wheel(tree/'dist'/name, tmp_path/'again') as again:
         assert foreign(whl.namelist()) == []
         assert {f'{lib}/{m}.py' for m in sources} <= set(whl.namelist())
+        assert {n: again.read(n) for n in again.namelist()} == {n: whl.read(n) for n in whl.namelist()}
         meta = whl.read(next(n for n in whl.namelist() if n.endswith('/METADATA'))).decode()
     assert req_names(re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, flags=re.M)) == core
 

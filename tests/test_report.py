@@ -6,15 +6,16 @@ from io import BytesIO
 
 import jinja2, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, TensorImage, TfmdDL
-from matplotlib import pyplot as plt
+from matplotlib import pyplot as plt, text as mpl_text
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from ressl_fastai import report
 from ressl_fastai.all import accuracy, digits_dls, embed, get_arch, load_encoder, ressl_learner, small_resnet, vision_learner
 from ressl_fastai.health import HealthMonitor
-from ressl_fastai.interpret import _pictures
+from ressl_fastai.interpret import _pictures, image_relations, plot_embeddings, show_neighbors
 from ressl_fastai.report import _few, _item_name, render, template
 
 void = {'meta', 'link', 'img', 'br', 'hr', 'input'}
@@ -196,3 +197,82 @@ def test_in_a_browser(labelled, unlabelled, tmp_path):
 
     seen,console = look('<img src="data:image/png;base64,AAAA"><p style="width:900px">x<script>nothing.here</script>')
     assert seen['dead']==1 and seen['wide']>390 and console
+
+few = report._what_was_run, report._neighbours, report._outliers, report._how_to_use_it
+
+def failed(html): return {k:o for k,o in sections(html).items() if 'This section failed' in o}
+
+@pytest.mark.parametrize('error', [KeyError('x'), RuntimeError('out of <b>memory</b>'), MemoryError(), AttributeError('a'), OSError(28, 'No space left'), AssertionError()], ids=lambda e: type(e).__name__)
+def test_an_error_of_a_section_is_said_there_and_the_page_stands(labelled, error, monkeypatch):
+    learn,_ = labelled
+    def fail(*args, **kwargs): raise error
+    monkeypatch.setattr('ressl_fastai.report.show_neighbors', lambda *args, **kwargs: fail(plt.figure()))
+    monkeypatch.setattr('ressl_fastai.report.find_outliers', fail)
+    monkeypatch.setattr('ressl_fastai.report._sections', few)
+    new = learn.report(n=30).read_text(encoding='utf-8')
+    assert failed(new).keys()=={'Neighbours','Outliers'} and set(sections(new))-{'Neighbours','Outliers'}=={'What was run','How to use it'} and left_out(new)==set()
+    assert all(type(error).__name__ in o for o in failed(new).values()) and Page(new).wrong==[] and plt.get_fignums()==[]
+
+def test_ctrl_c_in_a_section_stops_the_report_and_keeps_the_older_page(labelled, monkeypatch):
+    learn,_ = labelled
+    monkeypatch.setattr('ressl_fastai.report._sections', few)
+    old = learn.report(n=20).read_bytes()
+    def fail(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr('ressl_fastai.report.show_neighbors', fail)
+    with pytest.raises(KeyboardInterrupt): learn.report(n=20)
+    assert (learn.path/'report.html').read_bytes()==old and not list(learn.path.glob('*.part'))
+
+def test_images_that_cannot_be_read_any_more_cost_the_sections_that_need_them(tmp_path):
+    path = tmp_path/'ims'; path.mkdir()
+    for i,im in enumerate(load_digits().images[:60]): Image.fromarray((im*15).astype(np.uint8)).save(path/f'{i:02}.png')
+    dls = ImageDataLoaders.from_path_func(path, sorted(path.glob('*.png')), lambda f: int(f.stem)%2, valid_pct=0.2, item_tfms=Resize(8), bs=16, num_workers=0)
+    learn = make(dls, tmp_path, small_resnet, cbs=HealthMonitor())
+    for o in path.glob('*.png'): o.write_bytes(b'')
+    html = learn.report().read_text(encoding='utf-8')
+    lost = failed(html).keys()|left_out(html)
+    assert not lost & {'Curves', 'How to use it'} and 'small_resnet' in html and lost >= {'Accuracy','Neighbours','Map','Duplicates'}
+    assert any(re.search(r'\d\d\.png', sections(html)[o]) for o in lost)
+
+odd = '$x_{', 'x$y$', '_c', '<b>&', '\U0001f431\u732b', '\udcff', 'long'*40, r'\$'
+
+def test_names_are_drawn_letter_by_letter(tmp_path, recwarn):
+    df = pd.DataFrame({'name':[f'{i}.png' for i in range(80)], 'label':[odd[i%8] for i in range(80)]})
+    for i,im in enumerate(load_digits().images[:80]): Image.fromarray((im*15).astype(np.uint8)).save(tmp_path/f'{i}.png')
+    dls = ImageDataLoaders.from_df(df, tmp_path, valid_pct=0.3, seed=0, item_tfms=Resize(8), bs=16, num_workers=0)
+    learn = make(dls, tmp_path, small_resnet)
+    html = learn.report(n=40).read_text(encoding='utf-8')
+    assert failed(html)=={} and left_out(html)=={'What to label first'} and [o for o in recwarn if 'Glyph' in str(o.message)]==[]
+    assert any('\U0001f431\u732b' in t and 'x$y$' in t for t in Page(html).text('td'))
+
+    legend = plot_embeddings(learn, method='pca').get_legend().get_texts()
+    plt.gcf().canvas.draw()
+    shown = {t.get_text() for t in legend}
+    assert len(legend)==8 and {r'\$x_{', r'x\$y\$', ' _c', '<b>&', '\ufffd', 'longlonglonglonglonglon…'} <= shown
+    assert all(mpl_text.Text(text=t)._preprocess_math(t)[1] is False for t in shown)
+    plt.close('all')
+    show_neighbors(learn, 12)
+    plt.gcf().canvas.draw()
+    assert max(len(t) for ax in plt.gcf().axes for t in ax.get_title().splitlines())<20
+    plt.close('all')
+
+def test_images_are_embedded_once_and_every_section_says_its_seconds(labelled, monkeypatch, recwarn):
+    learn,calls = labelled[0],[]
+    def counted(learn, dl=None, teacher=False, *args, **kwargs):
+        calls.append((dl.n, teacher))
+        return embed(learn, dl, teacher, *args, **kwargs)
+    for nm in ('report','interpret','label_efficiency'): monkeypatch.setattr(f'ressl_fastai.{nm}.embed', counted)
+    html = learn.report().read_text(encoding='utf-8')
+    assert sorted(calls)==[(45,False),(45,True),(105,False),(105,True)]
+    assert all(re.search(r'<p class="quiet">\d+\.\d seconds</p>', o) for nm,o in sections(html).items() if nm not in left_out(html))
+    assert '105 training and 45 validation images, spread evenly' in html and not [o for o in recwarn if 'converge' in str(o.message)]
+
+def test_relations_from_features_are_those_of_the_images(labelled):
+    learn = labelled[0]
+    features = tuple(embed(learn, learn.dls.train, teacher) for teacher in (False,True))
+    a,b,c = (image_relations(learn, 3, features=o) for o in (None, features, features[::-1]))
+    for who in ('student','teacher'): torch.testing.assert_close(a[who], b[who], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(a['student'], c['student'], atol=1e-3)   # the two are not the same here
+
+def test_a_page_looks_at_fewer_large_images():
+    def n(size): return report._images_for_a_page(DataLoaders(*[TfmdDL([(torch.zeros(3, size, size),)]*3, bs=2)]*2))
+    assert [n(o) for o in (32, 96, 192, 500)]==[2000, 2000, 500, 200]

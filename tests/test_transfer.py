@@ -1,0 +1,177 @@
+"A classifier in one line: scikit-learn's own predictions, in an ordinary fastai learner."
+import subprocess, sys
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.vision.all import (CategoryBlock, ImageDataLoaders, MultiCategoryBlock, Normalize, RegressionBlock,
+                               accuracy, get_image_files)
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from ressl_fastai.data import digits_dls, tensor_dls
+from ressl_fastai.evaluate import embed, fit_logistic, linear_probe
+from ressl_fastai.label_efficiency import draw_labels, label_efficiency, labelled_part
+from ressl_fastai.models import ReSSLModel, small_resnet
+from ressl_fastai.transfer import encoder_learner
+from test_training import fit, make, same, state
+
+arch = partial(small_resnet, widen=0.125)
+digits = load_digits()
+ims,y = (digits.images*255/16).astype(np.uint8),digits.target
+
+def few(per_class=5, classes=range(10), vocab=range(10), n_test=300, bs=64, **kwargs):
+    "`per_class` labelled digits of each of `classes`; of the last `n_test` digits those in `vocab` are for validation"
+    test = np.arange(len(y)-n_test, len(y))
+    test = test[np.isin(y[test], vocab)]
+    idxs = np.concatenate([np.flatnonzero(y[:-n_test]==c)[:per_class] for c in classes])
+    n,idxs = len(idxs),np.concatenate([idxs,test])
+    block = CategoryBlock(vocab=list(vocab))
+    return tensor_dls(ims[idxs], y[idxs], valid_idx=range(n, len(idxs)), bs=bs, y_block=block, **kwargs)
+
+@pytest.fixture(scope='module')
+def learn():
+    "Trained for a moment, so that student and teacher differ"
+    return fit(make(labelled_part(digits_dls(8, bs=64), range(300)), arch, queue_size=64), 2)
+
+def probabilities(clf):
+    with clf.no_bar(): return clf.get_preds()[0]
+
+def by_hand(learn, dls, teacher=False, C=None):
+    "scikit-learn's probabilities, in the columns of the vocabulary"
+    (x,target),(vx,_) = embed(learn, dls.train, teacher),embed(learn, dls.valid, teacher)
+    if C is None: model,mean,std = (pipe := fit_logistic(x, target))[-1],pipe[0].mean_,pipe[0].scale_
+    else:
+        mean,std = x.mean(0).numpy(),x.std(0, correction=0).numpy()
+        std[std==0] = 1.  # dead features
+        model = LogisticRegression(C=C, max_iter=1000).fit((x.numpy()-mean)/std, target.numpy())
+    res = np.zeros((len(vx), len(dls.vocab)))
+    res[:,model.classes_] = model.predict_proba((vx.numpy()-mean)/std)
+    return torch.tensor(res)
+
+# the same predictions
+
+@pytest.mark.parametrize('kw', [dict(), dict(classes=(3,8), vocab=(3,8)), dict(classes=(0,1,2,3,4,5,6,7)),
+                                dict(classes=(4,9)), dict(per_class=20, bs=16)], ids=['ten','two','two_missing','two_of_ten','many'])
+@pytest.mark.parametrize('teacher', [False, True])
+def test_predictions_are_scikit_learns(learn, kw, teacher):
+    dls = few(**kw)
+    clf = learn.to_classifier(dls, teacher=teacher)
+    got,want,other = probabilities(clf),by_hand(learn, dls, teacher),by_hand(learn, dls, not teacher)
+    assert (got-want).abs().max()<1e-3 and (got.argmax(1)==want.argmax(1)).all()
+    assert (got-other).abs().max()>1e-2  # control
+    absent = [i for i,c in enumerate(dls.vocab) if c not in kw.get('classes', range(10))]
+    assert got.shape[1]==len(dls.vocab) and bool((got[:,absent]<1e-12).all())
+    assert (clf.model[1][-1].weight[absent]==0).all()
+    assert all(np.isfinite(clf.validate()))
+
+def test_one_label_per_class_has_nothing_to_choose_a_penalty_with(learn):
+    dls = few(1)
+    got,want = probabilities(learn.to_classifier(dls)),by_hand(learn, dls, C=1e-2)   # the middle of fit_logistic's grid
+    assert (got-want).abs().max()<1e-3
+    assert (got-by_hand(learn, dls, C=1.)).abs().max()>1e-2  # control
+
+def test_one_accuracy_for_one_encoder(learn):
+    dls = digits_dls(8, bs=64)
+    row = label_efficiency(learn, dls, 5, seeds=(3,), rows=('frozen features',)).iloc[0]
+    part = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=3))
+    got = learn.to_classifier(part, metrics=accuracy).validate()[1]
+    assert got==pytest.approx(linear_probe(learn, part.train, part.valid)['top1'])==pytest.approx(row.accuracy)
+    other = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=4))
+    assert got!=pytest.approx(learn.to_classifier(other, metrics=accuracy).validate()[1])  # control
+
+class Own(nn.Module):
+    "A user's module: features, not maps"
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    def forward(self, x): return self.net(x)
+
+def test_an_encoder_that_gives_features():
+    learn,dls = fit(make(labelled_part(digits_dls(8, bs=64), range(128)), Own(), queue_size=64)),few()
+    assert (probabilities(learn.to_classifier(dls))-by_hand(learn, dls)).abs().max()<1e-3
+
+# an ordinary learner
+
+def test_handed_over_frozen_and_the_pretrained_learner_as_it_was(learn):
+    before,dls = state(learn),few()
+    clf = learn.to_classifier(dls, metrics=accuracy)
+    assert same(before, state(learn)) and clf.opt.frozen_idx==len(clf.opt.param_lists)-1
+    was = state(clf)
+    fit(clf, lr=1e-3)
+    convolutions = [k for k in was if 'weight' in k and was[k].ndim==4]
+    assert all(torch.equal(was[k], state(clf)[k]) for k in convolutions)
+    assert not torch.equal(was['1.2.weight'], state(clf)['1.2.weight'])
+    clf.unfreeze()
+    fit(clf, lr=1e-3)
+    assert not any(torch.equal(was[k], state(clf)[k]) for k in convolutions) and same(before, state(learn))
+
+def test_fewer_labels_than_the_batch_size_still_train(learn):
+    dls = few(1, classes=(2,5,7), bs=64)
+    clf = learn.to_classifier(dls)
+    assert [len(dls.train),len(clf.dls.train),clf.dls.train.bs,clf.dls.valid.n]==[0,1,3,300]
+    assert clf.dls.train_ds is dls.train_ds
+    was = state(clf)
+    clf.unfreeze()
+    assert not same(was, state(fit(clf, lr=1e-3)))
+    assert learn.to_classifier(few(bs=16)).dls.train.bs==16
+
+def folder(path, n=6, size=16):
+    "Noisy pictures in the folders of two classes"
+    rng = np.random.RandomState(0)
+    for c,base in (('dark',60), ('light',160)):
+        (path/c).mkdir()
+        for i in range(n): Image.fromarray(np.uint8(base+rng.randint(0, 60, (size,size,3)))).save(path/c/f'{i}.png')
+    return path
+
+def test_exported_to_a_process_that_knows_only_fastai(tmp_path):
+    path = folder(tmp_path)
+    dls = partial(ImageDataLoaders.from_folder, path, valid_pct=0.3, seed=0, num_workers=0)
+    learn = fit(make(dls(bs=4), arch, queue_size=8))
+    clf = learn.to_classifier(dls(bs=64), metrics=accuracy)
+    clf.export(path/'clf.pkl')
+    files = sorted(map(str, get_image_files(path)))
+    with clf.no_bar(): want = [(c,p.tolist()) for c,_,p in map(clf.predict, files[::3])]
+    code = f"""
+import sys, json
+from fastai.learner import load_learner
+clf = load_learner({str(path/'clf.pkl')!r})
+with clf.no_bar(): print(json.dumps([(c,p.tolist()) for c,_,p in map(clf.predict, {files[::3]!r})]))
+print('ressl_fastai' in sys.modules)"""
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
+    said = run.stdout.splitlines()
+    for (c,p),(cw,pw) in zip(eval(said[-2]), want, strict=True): assert c==cw and p==pytest.approx(pw, abs=1e-6)
+    assert said[-1]=='False' and {c for c,_ in want}=={'dark','light'}
+
+def test_from_a_file(tmp_path, learn):
+    dls = few()
+    learn.path = tmp_path
+    for teacher in (False,True):
+        file = learn.save_encoder('enc', teacher=teacher)
+        want = probabilities(learn.to_classifier(few(), teacher=teacher))
+        loaded = encoder_learner(file, dls := few(), arch)
+        assert (probabilities(loaded.to_classifier(dls))-want).abs().max()<1e-5
+        embedded = embed(loaded)[0]
+        assert isinstance(loaded.model, ReSSLModel) and torch.equal(embedded, embed(learn, dls.valid, teacher)[0])
+    untrained = encoder_learner(file, dls, arch, trained=False)
+    assert (embed(untrained)[0]-embedded).abs().max()>1e-2  # control
+    with pytest.raises(ValueError, match='does not fit'): encoder_learner(file, dls)   # the name does not say the width
+
+# mistakes
+
+several = np.array([[str(o)] for o in y], dtype=object)
+
+@pytest.mark.parametrize('block,labels', [(RegressionBlock, y.astype(float)), (MultiCategoryBlock, several), (None, None)],
+                         ids=['numbers','several','none'])
+def test_other_targets_are_refused_before_anything_is_computed(learn, monkeypatch, block, labels):
+    monkeypatch.setattr('ressl_fastai.transfer.embed', lambda *args: pytest.fail('images were embedded'))
+    dls = tensor_dls(ims, labels, y_block=block, valid_idx=range(100))
+    with pytest.raises(ValueError, match='needs one category per image.*to_vision_learner'): learn.to_classifier(dls)
+
+def test_other_mistakes(learn):
+    with pytest.raises(ValueError, match='at least two classes'): learn.to_classifier(few(classes=(3,)))
+    other = few(batch_tfms=Normalize.from_stats([0.9], [0.1], cuda=False))
+    with pytest.raises(ValueError, match='pretrained with Normalize'): learn.to_classifier(other)
+    with pytest.raises(TypeError, match='n_out'): learn.to_classifier(few(), n_out=3)
+    with pytest.raises(ValueError, match='only a ressl_learner'): learn.to_classifier(few()).to_classifier(few())
