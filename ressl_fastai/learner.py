@@ -492,8 +492,9 @@ def _check_labelled(dls):
     "Refuse what a classifier cannot be trained on, and train on labels that are fewer than a batch"
     train,n = dls.train,dls.train.n
     if n==1: raise ValueError("dls.train must hold at least 2 images, it has 1: batch norm needs two to train on")
-    for y in [tl for tl in getattr(train.dataset, 'tls', [])[1:] if hasattr(tl.items, 'iloc')]:
-        missing = sum(isinstance(o, TensorCategory) and bool(o<0) for o in y)
+    for tl in getattr(train.dataset, 'tls', [])[1:]:
+        if not hasattr(tl.items, 'iloc') or not isinstance(tl[0], TensorCategory): continue  # only in tables labels are missing
+        missing = sum(bool(y<0) for y in tl)
         if missing: raise ValueError(f"{missing} of the {n} training images have no label: leave these rows of the table out, as in df[df.label.notna()]")
     if not len(train):
         train.drop_last = False
