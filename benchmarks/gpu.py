@@ -198,7 +198,7 @@ def run_step(say):
     for case,size,bs,n in cases:
         for precision in ('bfloat16','float32'):
             attempt(say, partial(step_row, case, size, bs, n, precision), case=case, size=size, bs=bs, precision=precision)
-                gc.collect()
+            gc.collect()
     attempt(say, partial(compiled_row, *cases[0]), case=cases[0][0], size=cases[0][1], bs=cases[0][2], what='torch.compile')
 
 def compiled_row(case, size, bs, n):
