@@ -247,7 +247,7 @@ def _check_trackers(learn, cbs):
         what = f"{type(cb).__name__} watches {cb.monitor}, which"
         if learn.dls.valid.n==0: raise ValueError(f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
         every = max([getattr(m, 'every', 1) for m in learn.metrics if m.name==cb.monitor], default=1)
-        if getattr(cb, 'patience', every)<every: raise ValueError(
+        if every>1 and getattr(cb, 'patience', every)<every: raise ValueError(
             f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between two values, got {cb.patience}")
 
 def _follow(learn, dls):

@@ -118,7 +118,7 @@ def test_the_version(capsys):
 
 def test_the_same_command_twice_and_ctrl_c(there, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(there)
-    line = f'ims --arch=small_resnet --size=8 --epochs=200 --bs=16 --gray --num-workers=0 --no-report --out={tmp_path}/run'
+    line = f'ims --arch=small_resnet --size=8 --epochs=5000 --bs=16 --gray --num-workers=0 --no-report --out={tmp_path}/run'
     with subprocess.Popen([Path(sys.executable).with_name('ressl_pretrain'), *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
                           start_new_session=True, env={**os.environ, 'PYTHONWARNINGS':'ignore'}) as first:
         for row in first.stdout:

@@ -205,6 +205,7 @@ def failed(html): return {k:o for k,o in sections(html).items() if 'This section
 @pytest.mark.parametrize('error', [KeyError('x'), RuntimeError('out of <b>memory</b>'), MemoryError(), AttributeError('a'), OSError(28, 'No space left'), AssertionError()], ids=lambda e: type(e).__name__)
 def test_an_error_of_a_section_is_said_there_and_the_page_stands(labelled, error, monkeypatch):
     learn,_ = labelled
+    plt.close('all')  # what other tests have left
     def fail(*args, **kwargs): raise error
     monkeypatch.setattr('ressl_fastai.report.show_neighbors', lambda *args, **kwargs: fail(plt.figure()))
     monkeypatch.setattr('ressl_fastai.report.find_outliers', fail)
