@@ -15,6 +15,9 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/callback.html.md"""
 __all__ = ['get_normalize', 'check_images', 'InfoNCEWarmup', 'ReSSL']
 
 # %% ../nbs/05_callback.ipynb #e6825eb6
+import gc, os
+from functools import lru_cache
+
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -83,17 +86,22 @@ class InfoNCEWarmup:
 def _value(o, progress): return o(progress) if callable(o) else o
 
 class _Send(Transform):
-    "A batch in pinned memory on its way to a GPU"
+    "A batch on its way to a GPU, from pinned memory"
     order = -1000
     def __init__(self, device): self.device = device
-    def encodes(self, x:Tensor): return x.to(self.device, non_blocking=True)
+    # pinned here and not by the loader: its thread would hold pinned memory when workers are forked, which end when they free it
+    def encodes(self, x:Tensor): return (x.pin_memory() if self.device.type=='cuda' else x).to(self.device, non_blocking=True)
 
 def _send_without_waiting(dl):
     "Changes `dl`, which would wait, at each batch, until the GPU has nothing more to do"
     if dl.device is None or not hasattr(dl.after_batch, 'fs'): return
-    dl.pin_memory = dl.fake_l.pin_memory = True
     dl.after_batch = Pipeline([_Send(dl.device), *dl.after_batch.fs])
     dl._device = None  # not by its setter, which would move the transforms
+
+@lru_cache(None)
+def _let_workers_collect_nothing():
+    "What an interrupted fit has left may hold pinned memory. A forked worker that collects it ends with a CUDA error, so to workers all is old"
+    if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=gc.freeze)
 
 class _OnItsWay:
     "A number that a GPU sends to the CPU when it has it; who asks waits for that alone, not for what the GPU was given to do since"
@@ -156,7 +164,9 @@ class ReSSL(Callback):
             n = getattr(dl, 'partial_n', None) or dl.n  # fastai's `PartialDL` draws so many
             # a last batch of one image has no variance for batch norm
             self.train_dl = clean_dl(dl, normalize=False, sampled=True, drop_last=dl.drop_last or n%dl.bs==1)
-            if self._on_gpu(self.net.queue.feats) and num_distrib()<2 and getattr(dl, 'images', None) is None: _send_without_waiting(self.train_dl)
+            if self._on_gpu(self.net.queue.feats) and num_distrib()<2:
+                _let_workers_collect_nothing()
+                if getattr(dl, 'images', None) is None: _send_without_waiting(self.train_dl)
             if len(self.train_dl)==0: raise ValueError(f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
         if self.net.queue.count==0: self._fill_queue()

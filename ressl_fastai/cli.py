@@ -37,12 +37,14 @@ from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastcore.foundation import L
 from fastcore.script import CliError, call_parse
+from sklearn.exceptions import ConvergenceWarning
 
 from . import __version__
 from .callback import InfoNCEWarmup
-from .checkpoint import Checkpoint, hold
+from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls
 from .evaluate import KNNAccuracy, embed, knn_accuracy
+from .files import check_writable, hold, make_folder, to_disk, write_text, writing
 from .health import HealthMonitor
 from .images import PILImage16, look_at_files, readable_images, set_opener
 from .label_efficiency import pixel_features
@@ -80,8 +82,14 @@ def _saying_warnings():
         yield
     for o in said: _say(o.message)
 
+def _holds_results(folder):
+    "Whether a run of one of our commands has its results in `folder`, by what its `config.json` says"
+    try: there = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    except (OSError,ValueError): return False
+    return isinstance(there, dict) and str(there.get('command')).startswith('ressl_')
+
 def _walk(path):
-    "All files below `path`, each folder once; links to folders come after everything that is there without them"
+    "All files below `path` but results of runs, each folder once; links to folders come after everything that is there without them"
     root,seen,todo = path.resolve(),set(),[path]
     while todo:
         folder = todo.pop(0)
@@ -90,7 +98,7 @@ def _walk(path):
         seen.add(real)
         inside = sorted(o for o in folder.iterdir() if not o.name.startswith('.'))
         yield from (o for o in inside if o.is_file())
-        folders = [o for o in inside if o.is_dir()]
+        folders = [o for o in inside if o.is_dir() and not _holds_results(o)]
         todo = [o for o in folders if not o.is_symlink()] + todo + [o for o in folders if o.is_symlink()]
 
 def find_images(
@@ -106,21 +114,21 @@ def find_images(
     with _saying_warnings(): return readable_images(files, skip_bad)
 
 # %% ../nbs/12_cli.ipynb #406b37b1
-_parts = dict(train='train training trn', valid='valid validation val dev eval', test='test testing tst')
+_parts = dict(train='train training trn', valid='valid validation val dev eval holdout', test='test testing tst')
 _parts = {nm:part for part,nms in _parts.items() for nm in nms.split()}
+_ignored = 'set data dataset images image imgs img split'.split()
 
-def _part(folder):
-    "'train', 'valid' or 'test' if the name of a folder says so, also with words beside it as in train_set, train2017 and images-test"
-    words = [o for o in re.findall('[a-z]+', folder.lower()) if o not in ('set','data','dataset','images','image','imgs','img','split')]
-    return _parts.get(words[0].removesuffix('set')) if len(words)==1 else None
-
-def _split(folders):
-    "How the folders (above each image) divide the images: the level of folders that does, None without one, and the part that is held out"
+def _split(
+    folders # The names of the folders above each image
+) -> tuple: # The level of folders that divides the images, None without one; which part, 'train', 'valid' or 'test', each name there is; what is held out
+    "A name says its part also with words beside it, as train_set, train2017 and images-test, or with words that all have, as seg_train and seg_test"
     for level in range(max(map(len, folders), default=0)):
-        there = {_part(o[level]) for o in folders if len(o)>level}
-        held_out = 'valid' if 'valid' in there else 'test'
-        if {'train',held_out} <= there: return level,held_out
-    return None,None
+        words = {nm:set(re.findall('[a-z]+', nm.lower())) for nm in {o[level] for o in folders if len(o)>level}}
+        shared = set.intersection(*words.values()).union(_ignored) if len(words)>1 else set()
+        part = {nm:_parts.get(''.join(o-shared).removesuffix('set')) for nm,o in words.items()}
+        held_out = 'valid' if 'valid' in part.values() else 'test'
+        if {'train',held_out} <= set(part.values()): return level,part,held_out
+    return None,{},None
 
 def _grandparent_label(f): return f.parent.parent.name
 
@@ -139,8 +147,8 @@ def folder_dls(
     files = find_images(path, skip_bad)
     top = Path(os.path.commonpath([f.parent for f in files]))
     folders = {f:f.relative_to(top).parts[:-1] for f in files}
-    level,held_out = _split(folders.values())
-    part = {f:None if level is None or len(o)<=level else _part(o[level]) for f,o in folders.items()}
+    level,parts,held_out = _split(folders.values())
+    part = {f:parts.get(o[level]) if held_out and len(o)>level else None for f,o in folders.items()}
     if held_out:
         unused = Counter('/'.join(folders[f][:level+1]) for f in files if part[f] not in ('train',held_out))
         files = files.filter(lambda f: part[f] in ('train',held_out))
@@ -163,10 +171,10 @@ def _interrupted(path, config):
     "Whether `path` holds a run of `config` that did not come to its end, and that nobody is at"
     kept = path/'checkpoint'
     try:
-        there = json.loads((path/'config.json').read_text())
+        there = json.loads((path/'config.json').read_text(encoding='utf-8'))
         if kept.is_dir() and (lock := hold(kept)): lock.close()
     except (OSError,ValueError): return False
-    return kept.is_dir() and all(there.get(k)==v for k,v in config.items() if k!='versions')
+    return kept.is_dir() and isinstance(there, dict) and all(there.get(k)==v for k,v in config.items() if k!='versions')
 
 def new_folder(
     out:str|Path, # Wished name
@@ -177,16 +185,24 @@ def new_folder(
     for i in range(1, 10_000):
         path = out if i==1 else out.with_name(f'{out.name}-{i}')
         if path.is_file(): continue
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         if not any(path.iterdir()) or (config and _interrupted(path, config)): return path
 
 # %% ../nbs/12_cli.ipynb #5e110002
 def _wished(out, data):
     "Where the results should go, before it is known what is there"
-    if out is None: return Path(f"ressl-{Path(data).expanduser().resolve().name or 'images'}")
+    if out is None: out = f"ressl-{Path(data).expanduser().resolve().name or 'images'}"
     if not out.strip(): raise ValueError("out must be the name of a folder, it is an empty text")
     out = Path(out).expanduser()
-    return out.resolve() if out.name in ('','..') else out
+    if out.name in ('','..'): out = out.resolve()
+    with _naming_out(out): check_writable(out)
+    return out
+
+@contextmanager
+def _naming_out(out):
+    "With the name of the argument in errors"
+    try: yield
+    except OSError as e: raise ValueError(f"out must be a folder that can be made and written to, {out} is not: {e.strerror or e}") from e
 
 def _is_at(folder, config):
     "Whether another process is at the run of `config` in `folder`"
@@ -203,8 +219,7 @@ def _is_at(folder, config):
 
 def _folder(out, config=None):
     "As `new_folder`, with the name of the argument in errors"
-    try: return new_folder(out, config)
-    except OSError as e: raise ValueError(f"out must be a folder that can be made, {out} cannot: {e.strerror or e}") from e
+    with _naming_out(out): return new_folder(out, config)
 
 def _claim(out, config):
     "A folder for the run of `config`, and the lock that keeps other processes off until the run has ended"
@@ -261,7 +276,10 @@ def _in_one_sentence(command):
     run,out = SimpleNamespace(folder=None),sys.stdout
     errors = getattr(out, 'errors', None)
     if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
-    try: yield run
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', ConvergenceWarning)
+            yield run
     except CliError: raise
     except KeyboardInterrupt as e:
         print(f'\n{command}: interrupted; {_what_is_kept(run.folder)}', file=sys.stderr)
@@ -280,7 +298,9 @@ def _save_curves(history, path):
     for c in ('train_loss','valid_loss'): axs[0,0].plot(history.epoch+1, history[c], label=c)
     for ax,c in zip(axs[0,1:], cols): ax.plot(history.epoch+1, history[c], label=c)
     for ax in axs[0]: ax.set_xlabel('epoch'); ax.legend()
-    fig.tight_layout(); fig.savefig(path); plt.close(fig)
+    fig.tight_layout()
+    with writing(path) as f: fig.savefig(f, format='png')
+    plt.close(fig)
 
 # %% ../nbs/12_cli.ipynb #376f2de0
 @call_parse
@@ -371,23 +391,30 @@ def _from_recipe(name, data, how, pretrained, **given):
 # %% ../nbs/12_cli.ipynb #b503f8ad
 def _print_row(log): print(' '.join(f'{o:12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
 
-def _write_json(path, o):
-    "As a whole or not at all"
-    (aside := path.with_suffix('.part')).write_text(json.dumps(o, indent=2))
-    aside.replace(path)
+def _write_json(path, o): write_text(path, json.dumps(o, indent=2))
+
+def _delete_checkpoint(kept):
+    "From one moment to the next the run is at its end, however long it takes to delete the files; they may also stay"
+    with suppress(OSError): shutil.rmtree(kept.rename(kept.with_name('checkpoint.old')))
+
+def _command(*words, **args):
+    "What to type into the shell"
+    flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
+    return shlex.join([*map(str, words), *flags])
 
 def _config(learn, data, args):
     "What a run is, for `config.json`"
-    flags = [f"--{k.replace('_','-')}" + ('' if v is True else f"={v}") for k,v in args.items() if v is not None and v is not False]
-    return dict(command=shlex.join(['ressl_pretrain', data, *flags]), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=versions())
+    return dict(command=_command('ressl_pretrain', data, **args), data=data, **args, n_train=learn.dls.train.n, n_valid=learn.dls.valid.n, versions=versions())
 
 def _run(learn, fit, out, config, lock=None, report=True):
     "Train `learn`, or go on with it, and write everything to `out`"
     learn.path,learn.model_dir,kept = out,Path('.'),out/'checkpoint'
-    kept.mkdir(exist_ok=True)  # as long as it is there, the run is not at its end
+    make_folder(kept)  # as long as it is there, the run is not at its end
     _write_json(out/'config.json', config)
     plt.switch_backend('agg')
-    learn.show_views(); plt.savefig(out/'views.png'); plt.close()
+    learn.show_views()
+    with writing(out/'views.png') as f: plt.savefig(f, format='png')
+    plt.close()
     labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
     if labelled: config['knn_accuracy'] = {'raw pixels':_knn(pixel_features, learn.dls), 'random encoder':_knn(partial(embed, learn), learn.dls)}
     print(f"{learn.dls.train.n} images for training, {learn.dls.valid.n} held out; {config['arch']} at {config['size']} pixels; results in {out}/")
@@ -407,6 +434,9 @@ def _run(learn, fit, out, config, lock=None, report=True):
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
         _write_json(out/'config.json', config)
     print(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}\nrepeat:   {config['command']}", flush=True)
-    if report: print(f"report:   {learn.report(command=config['command'])}")
+    if report:
+        print(f"report:   {out/'report.html'}, which takes up to a minute", flush=True)
+        learn.report(command=config['command'])
+    to_disk(out/'history.csv')
     if lock: lock.close()
-    shutil.rmtree(kept)
+    _delete_checkpoint(kept)  # everything else is on the disk now

@@ -25,9 +25,10 @@ from fastcore.script import CliError, call_parse
 from pandas import DataFrame
 
 from . import __version__
-from .cli import _check_numbers, _dls, _folder, _in_one_sentence, _wished
+from .cli import _check_numbers, _command, _dls, _folder, _in_one_sentence, _wished, _write_json
 from .evaluate import embed, knn_accuracy, linear_accuracy
-from .label_efficiency import label_efficiency, pixel_features, plot_labels, summarize_labels
+from .files import check_writable, write_text, writing
+from .label_efficiency import _components, label_efficiency, pixel_features, plot_labels, summarize_labels
 from .learner import _read_encoder, first_images, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
 from .views import clean_dl
@@ -95,15 +96,20 @@ def _scores(learn, random_learn, k, protocol, seed):
     train,valid = learn.dls.train,learn.dls.valid
     feats = {'encoder':(embed(learn, train), embed(learn, valid)), 'random encoder':(embed(random_learn, train), embed(random_learn, valid)),
              'raw pixels':(pixel_features(train), pixel_features(valid))}
-    return DataFrame([dict(features=nm, knn=knn_accuracy(*a, *b, k=k), **{f'linear_{t}':v for t,v in linear_accuracy(*a, *b, protocol=protocol, seed=seed).items()
-                           if t.startswith('top')}) for nm,(a,b) in feats.items()]).set_index('features')
+    res = []
+    for nm,((train_x,train_y),(x,y)) in feats.items():
+        knn = knn_accuracy(train_x, train_y, x, y, k=k)
+        if nm=='raw pixels' and x.shape[1]>512: train_x,x = _components(train_x, x)
+        linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
+        res.append(dict(features=nm, knn=knn, **{f'linear_{t}':v for t,v in linear.items() if t.startswith('top')}))
+    return DataFrame(res).set_index('features')
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0011
 @call_parse
 def ressl_evaluate(
     encoder:str, # Encoder file, or the folder that ressl_pretrain wrote
     data:str, # A folder with images in class folders, 'digits', or the name of a fastai data set (a download)
-    out:str=None, # Folder for scores.csv and label_efficiency.csv and .png; nothing is written if not given
+    out:str=None, # Folder for scores.csv, config.json and label_efficiency.csv and .png; nothing is written if not given
     labels_per_class:str=None, # Numbers such as 1,5,10: also train on so few labels, and compare
     seeds:int=3, # Draws of labels
     steps:int=200, # Training steps on few labels
@@ -117,6 +123,7 @@ def ressl_evaluate(
     version:Annotated[str, dict(action='version')]=f'ressl_fastai {__version__}' # Print the version and stop
 ):
     "Print kNN and linear accuracy of a pretrained encoder, and accuracy by number of labels"
+    args = {k:v for k,v in locals().items() if k not in ('encoder','data','out','version')}
     how = dict(valid_pct=valid_pct, skip_bad=skip_bad, num_workers=num_workers, seed=seed)
     with _in_one_sentence('ressl_evaluate') as run:
         _check_numbers(valid_pct=valid_pct, seeds=seeds, steps=steps, k=k, num_workers=num_workers, seed=seed)
@@ -124,24 +131,28 @@ def ressl_evaluate(
         wished = out if out is None else _wished(out, data)
         learn,random_learn,labels,what = _prepared(encoder, data, size, labels_per_class, protocol, how)
         run.folder = wished and _folder(wished)
-        try: _evaluate(learn, random_learn, labels, what, run.folder, k=k, protocol=protocol, seed=seed, seeds=seeds, steps=steps)
+        try: _evaluate(learn, random_learn, labels, what, run.folder, k=k, protocol=protocol, seed=seed, seeds=seeds, steps=steps,
+                      command=_command('ressl_evaluate', encoder, data, **args))
         finally:
             if run.folder:
                 with suppress(OSError): run.folder.rmdir()  # which it is only if nothing was written
 
+
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0012
-def _evaluate(learn, random_learn, labels, what, folder, *, k, protocol, seed, seeds, steps):
+def _evaluate(learn, random_learn, labels, what, folder, *, k, protocol, seed, seeds, steps, command):
     print(f"{what}\n{learn.dls.train.n} images for training, {learn.dls.valid.n} held out, {len(learn.dls.vocab)} classes\n", flush=True)
     scores = _scores(learn, random_learn, k, protocol, seed)
     print(scores.to_string(float_format='{:.4f}'.format), flush=True)
     few = labels and label_efficiency(learn, learn.dls, labels, seeds=seeds, n_steps=steps)
     if labels: print(f"\naccuracy by labels per class, mean of {seeds} draws\n" + summarize_labels(few)['mean'].unstack(sort=False).to_string(float_format='{:.4f}'.format))
-    if folder: _write(folder, scores, few)
+    if folder: _write(folder, scores, few, dict(command=command))
 
-def _write(out, scores, few):
-    scores.to_csv(out/'scores.csv')
+def _write(out, scores, few, config):
+    _write_json(out/'config.json', config)  # first: by it the folder is known not to hold images
+    write_text(out/'scores.csv', scores.to_csv())
     if few is not None:
-        few.to_csv(out/'label_efficiency.csv', index=False)
+        write_text(out/'label_efficiency.csv', few.to_csv(index=False))
         plt.switch_backend('agg')
-        plot_labels(few).figure.savefig(out/'label_efficiency.png', dpi=150, bbox_inches='tight'); plt.close()
+        with writing(out/'label_efficiency.png') as f: plot_labels(few).figure.savefig(f, format='png', dpi=150, bbox_inches='tight')
+        plt.close()
     print(f"\nresults in {out}/")

@@ -15,7 +15,11 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/data.html.md"""
 __all__ = ['TensorDL', 'tensor_dls', 'cached_dls', 'digits_dls']
 
 # %% ../nbs/10_data.ipynb #18a7a703
-import json, os
+import hashlib, json, os, warnings
+from contextlib import nullcontext
+from io import BytesIO
+from multiprocessing import get_all_start_methods, get_start_method
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +30,26 @@ from fastai.data.transforms import IndexSplitter, IntToFloatTensor, RandomSplitt
 from fastai.torch_core import TensorImage
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
-from fastcore.foundation import L
 from fastcore.meta import delegates
-from fasttransform import Pipeline, Transform, compose_tfms
-from PIL import Image
+from fasttransform import Pipeline, Transform
+from PIL import Image, __version__ as pil_version
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from . import __version__
+from .files import disk_errors, replacing, write_text
+from .fingerprint import _file_at, _lists, data_fingerprint, digest, image_parts
 from .images import channels_last
 from .views import _send, clean_dl
 
-
 # %% ../nbs/10_data.ipynb #a0d10002
 def _items(dataset): return getattr(dataset, 'items', None)
+
+def _start_method():
+    "How processes are started; to ask for it with `get_start_method()` alone would settle it"
+    return get_start_method(allow_none=True) or get_all_start_methods()[0]
 
 class TensorDL(TfmdDL):
     "A `TfmdDL` with the items of its dataset in memory, stacked"
@@ -64,6 +73,10 @@ class TensorDL(TfmdDL):
         if (cls is None or issubclass(cls, TensorDL)) and (dataset is None or _items(dataset) is _items(self.dataset)):
             kwargs = dict(images=self.images, rows=self.rows, targets=self.targets) | kwargs
         return super().new(dataset, cls, **kwargs)
+
+    def __iter__(self):
+        alone = self.images is not None and _start_method()!='fork'
+        with self.fake_l.no_multiproc() if alone else nullcontext(): yield from super().__iter__()
 
     def create_batches(self,
         samps # Numbers of items
@@ -117,11 +130,11 @@ def _as_images(x):
     return x
 
 class _Rows:
-    "Looks rows up; a copy of it shares them, a pickle (as in `learn.export`) leaves them out"
+    "Looks rows up; a copy of it shares them, a worker that is spawned gets them, a file (as of `learn.export`) does not"
     def __init__(self, rows): self.rows = rows
     def __call__(self, i:int): return self.rows[i]
     def __deepcopy__(self, memo): return self
-    def __reduce__(self): return _Rows,(self.rows[:0],)
+    def __reduce__(self): return _Rows,(self.rows[:0] if get_spawning_popen() is None else self.rows,)
 
 def _to_image(x): return x if isinstance(x, TensorImage) else TensorImage(x)
 
@@ -165,50 +178,73 @@ def tensor_dls(
     return dls
 
 # %% ../nbs/10_data.ipynb #a0d10021
-def _file(tl, item):
-    "What identifies the file of an item: its path, when it changed, its size"
-    path = compose_tfms(item, tl.tfms.fs[:-1], split_idx=1)
-    if not isinstance(path, (str,Path)): raise ValueError(f"folder needs images that come from files, dls opens a {type(path).__name__}: leave folder out")
-    stat = os.stat(path)
-    return [str(path), stat.st_mtime_ns, stat.st_size]
-
 def _manifest(dls):
-    "Everything that decides what the decoded images are: the transforms, the kind of image, the files"
-    def one(dl):
-        tl,im = dl.dataset.tls[0],dl.do_item(0)[0]
-        items = L(tl.items, use_list=None)
-        return [str([*tl.tfms.fs, *dl.after_item.fs]), type(im).__name__, list(im.shape), [_file(tl, items[i]) for i in range(len(tl))]]
-    return json.dumps([one(dl) for dl in dls if len(dl.dataset)])
+    "Everything that decides what the decoded images are: the files, the transforms, the kind of image, the packages"
+    for dl in dls:
+        if len(dl.dataset) and not any(_file_at(tl)[0] is not None for tl in _lists(dl)[:1]):
+            raise ValueError(f"folder needs images that come from files, dls makes them of {type(dl.dataset.items[0]).__name__}: leave folder out")
+    parts = data_fingerprint(dls)
+    return {**{k:parts[k] for k in image_parts}, 'before_batch':digest([dl.before_batch.fs for dl in dls]),
+            'ressl_fastai':__version__, 'pillow':pil_version}
 
 # %% ../nbs/10_data.ipynb #a0d10022
-def _decode(dls, file, num_workers):
-    "All images of `dls`, (n, c, h, w) uint8, in memory or in `file`"
-    n,res,at = sum(len(dl.dataset) for dl in dls),None,0
+def _batches(dls, num_workers):
+    "All images of `dls` in their order, batch by batch, (bs, c, h, w) uint8"
+    size = None
     for dl in dls:
         if not len(dl.dataset): continue
         for b in clean_dl(dl, normalize=False, num_workers=num_workers).new(after_batch=None, device=torch.device('cpu')):
-            im = b[0].numpy()
-            if im.dtype!=np.uint8: raise ValueError(f"images must be uint8 before after_batch, dls gives {im.dtype}")
-            if res is None: res = np.empty((n,*im.shape[1:]), im.dtype) if file is None else np.lib.format.open_memmap(file, 'w+', im.dtype, (n,*im.shape[1:]))
-            res[at:at+len(im)] = im
-            at += len(im)
+            ims = b[0].numpy()
+            size = size or ims.shape[1:]
+            if ims.dtype!=np.uint8: raise ValueError(f"images must be uint8 before after_batch, dls gives {ims.dtype}")
+            if ims.shape[1:]!=size: raise ValueError(f"images must have one size, dls gives {size} and {ims.shape[1:]}: add a transform such as Resize to item_tfms")
+            yield np.ascontiguousarray(ims)
+
+def _npy_header(shape):
+    np.lib.format.write_array_header_1_0(f := BytesIO(), dict(descr='|u1', fortran_order=False, shape=shape))
+    return f.getvalue()
+
+def _decode(dls, write, num_workers):
+    "All images of `dls`, (n, c, h, w) uint8, in memory; or handed to `write`, as an .npy file has them"
+    n,res,at = sum(len(dl.dataset) for dl in dls),None,0
+    for ims in _batches(dls, num_workers):
+        shape = n,*ims.shape[1:]
+        if write:
+            if at==0: write(_npy_header(shape))
+            write(ims)
+        else:
+            if at==0: res = np.empty(shape, np.uint8)
+            res[at:at+len(ims)] = ims
+        at += len(ims)
     return res
+
+def _checksum(images): return hashlib.sha256(images).hexdigest()
+
+def _kept(folder, manifest):
+    "The images in `folder` if they are those of `manifest`, None if others are there or none"
+    try: there = json.loads((folder/'manifest.json').read_text())
+    except (OSError,ValueError): return
+    if not isinstance(there, dict) or there.get('images')!=manifest: return
+    try:
+        images = np.load(folder/'images.npy', mmap_mode='c')
+        if list(images.shape)==there['shape'] and images.dtype==np.uint8 and _checksum(images)==there['checksum']: return images
+    except Exception: pass  # NumPy has many errors for what it cannot read
+    warnings.warn(f"the images in {folder} are damaged: they are decoded anew")
 
 def _cached(dls, folder, num_workers):
     "From `folder` if what it holds is what `dls` would give, else decoded and kept there"
-    manifest,kept = _manifest(dls),folder/'manifest.json'
-    if not (kept.exists() and kept.read_text()==manifest):
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.unlink(missing_ok=True)
-        aside = [folder/f'{nm}.{os.getpid()}.part' for nm in ('images','manifest')]
-        try:
-            _decode(dls, aside[0], num_workers).flush()
-            aside[0].replace(folder/'images.npy')
-            aside[1].write_text(manifest)
-            aside[1].replace(kept)
-        finally:
-            for o in aside: o.unlink(missing_ok=True)
-    return np.load(folder/'images.npy', mmap_mode='c')
+    manifest,file = _manifest(dls),folder/'images.npy'
+    images = _kept(folder, manifest)
+    if images is not None: return images
+    with replacing(file) as f:
+        def write(b):
+            with disk_errors(file): f.write(b)
+        _decode(dls, write, num_workers)
+        with disk_errors(file): f.flush()
+        if os.name=='posix': images = np.load(f.name, mmap_mode='c')  # these and no others, whoever writes there next
+    if images is None: images = np.load(file, mmap_mode='c')  # Windows renames no mapped file
+    write_text(folder/'manifest.json', json.dumps(dict(images=manifest, shape=images.shape, checksum=_checksum(images)), indent=2))
+    return images
 
 # %% ../nbs/10_data.ipynb #a0d10023
 def cached_dls(

@@ -34,14 +34,23 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/03c_fingerprint.ipynb #3c000007
+_known = {__name__.split('.')[0], 'fastai', 'fastcore', 'fasttransform', 'fastprogress', 'plum', 'torch', 'torchvision', 'numpy', 'pandas', 'PIL'}
+
+@functools.lru_cache(None)
+def _holds_packages(folder):
+    "Whether pip installs into `folder`; with `--target` it may have any name"
+    return os.path.isdir(folder) and any(o.endswith('.dist-info') for o in os.listdir(folder))
+
 def is_library(
     module:str # Name of a module
 ) -> bool:
     "Whether a module was installed, or is a part of Python or of this package, rather than written by the user"
     if module is None or module=='__main__': return False
-    file = getattr(sys.modules.get(module), '__file__', None)
-    installed = f'{os.sep}site-packages{os.sep}',f'{os.sep}dist-packages{os.sep}',os.path.dirname(os.__file__)+os.sep
-    return file is None or module.split('.')[0]==__name__.split('.')[0] or any(o in file for o in installed)
+    top = module.split('.')[0]
+    file,root = (getattr(sys.modules.get(o), '__file__', None) for o in (module,top))
+    if file is None or top in _known or file.startswith(os.path.dirname(os.__file__)+os.sep): return True
+    folder = os.path.dirname(root or file)
+    return _holds_packages(os.path.dirname(folder) if os.path.basename(root or file)=='__init__.py' else folder)
 
 def _code(f):
     "What a user's function does: its instructions, constants and globals; of a library's function the name"
@@ -149,7 +158,7 @@ def digest(
         if id(o) in kept: return kept[id(o)][1]
         inside.append(id(o))
         if isinstance(o, Mapping):
-            res = combined('mapping', sorted(combined('pair', [walk(k), walk(v)]) for k,v in o.items()))
+            res = combined('mapping', sorted(combined('pair', [walk(k), walk(v)]) for k,v in list(o.items())))
         elif isinstance(o, Set): res = combined('set', sorted(map(walk, o)))
         elif isinstance(o, (list,tuple,L,deque)): res = combined('list', map(walk, o))
         else: res = combined(type(o).__name__, [walk(_parts(o))])
@@ -186,7 +195,8 @@ def _file_at(tl):
 def _through(tl, n=None):
     "Items after `n` transforms"
     if n==0: return _rows(tl)
-    return [compose_tfms(o, tl.tfms.fs[:n], split_idx=1) for o in _rows(tl)]
+    rows = _rows(tl)  # not iterated: those of a table would become tuples with another first column
+    return [compose_tfms(rows[i], tl.tfms.fs[:n], split_idx=1) for i in range(len(rows))]
 
 def _stat(file):
     try: o = os.stat(file)

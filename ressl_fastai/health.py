@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import AMPMode
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
 from fastai.torch_core import get_model, no_random, to_device
@@ -28,7 +29,7 @@ from fastcore.basics import first, patch, store_attr
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .callback import _value
+from .callback import _OnItsWay, _value
 from .losses import relation, ressl_loss
 from .views import clean_dl
 
@@ -99,6 +100,13 @@ def _why_nan(learn, net, z_teacher):
     if not z_teacher.isfinite().all(): return "The network overflows in the teacher: try to_bf16 or to_fp32 in place of to_fp16, or a lower learning rate."
     return "The network overflows in the student: try a lower learning rate, GradientClip, or to_bf16 or to_fp32 in place of to_fp16."
 
+def _why_not(net, loss):
+    "What is not finite behind a finite loss"
+    for nm,b in net.named_buffers():
+        if not b.isfinite().all(): return f"the loss is {loss:.3g}, but {nm} overflows: look for images with very large values in this batch."
+    bad = first(nm for nm,p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
+    return f"the loss is {loss:.3g}, but the gradient of {bad or 'the weights'} is not finite: try precision='float32', a lower learning rate, or GradientClip."
+
 _words = dict(
     collapse="all images get almost the same embedding (feature_std {std:.3f}, 1 is healthy; effective rank {rank:.1f} of {most}). Try a lower learning rate, a teacher_temp well below "
         "student_temp, projector_bn=True, a teacher_momentum nearer 1, or InfoNCEWarmup. A collapsed network does not recover: start again, or from an earlier checkpoint.",
@@ -110,12 +118,18 @@ _words = dict(
         "try to_bf16 or to_fp32, or a lower learning rate.")
 
 # %% ../nbs/05b_health.ipynb #h26guard
+def _get(o): return o.get() if isinstance(o, _OnItsWay) else o
+
+@torch.no_grad()
+def _copy(to, of):
+    if to: torch._foreach_copy_(to, of)
+
 class Guard(Callback):
     "Stops a training that has gone wrong and says what happened and what to try: NaN, collapse, a dead or stale queue"
     order,run_valid,remove_on_fetch = GradientAccumulation.order-1,False,True  # sees the loss of every part of a batch
     def __init__(self,
         action:str='stop', # 'stop' ends the fit and leaves the learner usable; 'warn' says each thing once and goes on
-        every:int=50, # Optimizer steps between two looks at the embeddings, at least 1
+        every:int=50, # Optimizer steps between two looks at the embeddings, at least 1; for collapse it also looks after 10, 20 and 40
         patience:int=3 # Looks in a row that must find the same before it is said, at least 1
     ):
         if action not in ('stop','warn'): raise ValueError(f"action must be 'stop' or 'warn', got {action!r}")
@@ -128,32 +142,67 @@ class Guard(Callback):
         "Nothing seen yet; `lr_find` diverges on purpose"
         self.active = hasattr(self.learn, 'ressl') and not hasattr(self.learn, 'lr_finder')
         self.n_steps,self.newest,self.due,self.found,self.said = 0,None,False,{},set()
+        self.statistics,self.whole = [],None
+
+    def before_batch(self):
+        "Keeps the statistics of batch norms, once what fills the queue or loads a checkpoint has changed them"
+        if not self.active or self.statistics: return
+        self.statistics = [b for nm,b in get_model(self.learn.model).named_buffers() if not nm.startswith('queue.')]
+        self.good,self.latest = ([b.clone() for b in self.statistics] for _ in range(2))
 
     def after_loss(self):
         "Asks whether the loss is finite without waiting for the device"
         if not self.active: return
-        self.finite,self.copied = self.learn.loss.detach().isfinite().to('cpu', non_blocking=self.learn.loss.is_cuda),None
-        if self.learn.loss.is_cuda:
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+        finite = self.learn.loss.detach().isfinite()
+        self.finite = _OnItsWay(finite) if finite.is_cuda else finite
 
     def before_step(self):
-        "A loss that is not finite never reaches the weights"
+        "What is not finite never reaches the weights"
         if not self.active: return
-        if self.copied is not None: self.copied.synchronize()
-        if self.finite: return
-        why = _why_nan(self.learn, get_model(self.learn.model), self.learn.ressl.z_teacher)
-        self._say('nan', f"the loss is {self.learn.loss.item()}. {why} This step was not taken.")
+        net = get_model(self.learn.model)
+        if not _get(self.finite):
+            why = _why_nan(self.learn, net, self.learn.ressl.z_teacher)
+            return self._undo(f"the loss is {self.learn.loss.item()}. {why} This step was not taken.")
+        self._judge()
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        floats = [b for b in self.statistics if b.is_floating_point()]
+        mixed = getattr(self.learn, 'mixed_precision', None)
+        scaled = mixed is not None and mixed.amp_mode==AMPMode.FP16  # its scaler looks at the gradients
+        whole = torch.stack(torch._foreach_norm(floats+grads*(not scaled))).isfinite().all() if floats or grads else self.learn.loss.new_tensor(True)
+        _copy(self.latest, self.statistics)
+        if whole.is_cuda:  # a GPU says so one step later: what is not finite becomes 0 until then
+            for g in [] if scaled else grads: g.masked_fill_(~whole, 0)
+            whole = _OnItsWay(whole)
+        self.whole = whole
+        if not isinstance(whole, _OnItsWay): self._judge()
+
+    def _judge(self):
+        "The statistics of the latest batch are good ones, if they and the gradients were finite"
+        whole,self.whole = self.whole,None
+        if whole is None: return
+        if _get(whole): self.good,self.latest = self.latest,self.good
+        else: self._undo(f"{_why_not(get_model(self.learn.model), self.learn.loss.item())} This gradient was not used.")
+
+    def _undo(self, text):
+        if self.action=='stop': _copy(self.statistics, self.good)
+        self._say('nan', text)
+
+    def after_fit(self):
+        "What a GPU has not yet said of the last step; the copies are of no more use"
+        if self.active and self.whole is not None and not _get(self.whole): _copy(self.statistics, self.good)
+        self.statistics,self.good,self.latest,self.whole = [],[],[],None
 
     def after_step(self):
         self.n_steps += 1
-        self.due = self.n_steps%self.every==0
+        self.early = self.n_steps in (10,20,40) and self.n_steps<self.every
+        self.due = self.early or self.n_steps%self.every==0
 
     def after_batch(self):
         if not (self.active and self.due): return
         self.due = False
         signs,facts = self._look()
         for nm,sign in signs.items():
+            if self.early and nm!='collapse': continue  # the others are no sign in a training that has only begun
             self.found[nm] = self.found.get(nm, 0)+1 if sign else 0
             if self.found[nm]>=self.patience: return self._say(nm, _words[nm].format(**facts))
 
@@ -181,7 +230,7 @@ def _look(self:Guard):
     plain = not (ressl.warmup and ressl.warmup(ressl.progress, self.learn.n_epoch))  # InfoNCE needs no relations
     signs = dict(collapse=rank<1.1 or (rank<min(3, 1+min(zt.shape)/16) and std<0.2), equal=feature_std(queue)<1e-3, uniform=plain and used>0.998,
                  stale=self.newest is not None and torch.equal(newest, self.newest))
-    self.newest = newest
+    if not self.early: self.newest = newest
     return signs,dict(std=std, rank=rank, most=min(zt.shape), loss=self.learn.loss.item(), ln_k=math.log(K), K=K, n=self.every*self.patience)
 
 # %% ../nbs/05b_health.ipynb #h29mon

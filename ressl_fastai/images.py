@@ -85,8 +85,11 @@ def _naming(file):
 # %% ../nbs/02b_images.ipynb #3a000021
 _turns = dict(enumerate([Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90], 2))
 
+_exif = {'exif','xmp','XML:com.adobe.xmp','Raw profile type exif','Raw profile type APP1'}  # where PIL keeps it; it turns TIFFs itself
+
 def _turn(im):
     "How to turn `im` upright, None if it is; `ImageOps.exif_transpose` also writes EXIF, which fails where that is damaged"
+    if _exif.isdisjoint(im.info): return None
     try: return _turns.get(im.getexif().get(ExifTags.Base.Orientation))
     except Exception: return None  # viewers show a picture with damaged EXIF as it lies
 
@@ -167,17 +170,19 @@ class OpenImage(Transform):
         super().__init__()
         self.__dict__.update({k:v for k,v in vars(tfm).items() if k!='encodes'})  # what fastai looks at: order, input_types, the loss_func of masks
         self.cls,self.tfm = _opens(tfm),tfm
+        self.mode,self.background = self.cls._open_args.get('mode'),getattr(self.cls, 'background', 'white')
+        self.ours = getattr(self.cls.create, '__func__', None) is PILBase.create.__func__  # else a `create` of the class's own
 
     @property
     def name(self): return f'OpenImage of {self.cls.__name__}'
 
     def encodes(self, file):
-        create,mode = getattr(self.cls.create, '__func__', None),self.cls._open_args.get('mode')
         arrays = isinstance(file, (np.ndarray,Tensor))
-        if create is PILBase.create.__func__ and not arrays: return self.cls(open_image(file, mode, getattr(self.cls, 'background', 'white')))
+        if self.ours and not arrays: return self.cls(open_image(file, self.mode, self.background))
         with _naming(file):
             im = self.tfm(file)
-            return self.cls(_to_8_bits(im, None, file)) if arrays and _deep(im.mode) and not _deep(mode) else im
+            if self.ours and _deep(im.mode) and not _deep(self.mode): _to_8_bits(im, None, file)  # refuses them
+            return im
 
 def with_opener(
     tfms # fastai transforms
@@ -218,7 +223,7 @@ def look_at_files(
         if getattr(dl, 'images', None) is not None: continue  # decoded already
         for file,opener in _sample(dl, n):
             with _naming(file), Image.open(file) as im:
-                deep,mode = _deep(im.mode) or ';16' in str(getattr(im, 'tile', '')),opener.cls._open_args.get('mode')
+                deep,mode = _deep(im.mode) or ';16' in str(getattr(im, 'tile', '')),opener.mode
                 seen.update(files=1, transparent=im.has_transparency_data and mode in ('RGB','L'), turned=_turn(im) is not None)
             if deep and mode in ('RGB','L'): brightest.append((np.asarray(opener(file)).max(), file))
     if brightest and 0<max(brightest)[0]<16: raise ImageError(

@@ -172,9 +172,12 @@ def _as_saved(learn, file):
     load_model(path, saved.model, None, with_opt=False)
     return saved
 
-def _embeddings(learn, dl, teacher):
+def _embeddings(learn, dl, teacher, features=None):
     "(n, dim) embeddings of clean images as the loss compares them"
-    return embed(learn, dl, teacher, projected=True)[0].as_subclass(Tensor)
+    if features is None: return embed(learn, dl, teacher, projected=True)[0].as_subclass(Tensor)
+    model = get_model(learn.model)
+    head = model.teacher[1:] if teacher else nn.Sequential(model.projector, model.predictor, model.norm)
+    return deepcopy(head).cpu().eval()(features[0].as_subclass(Tensor))
 
 def _to_others(z, bank, idx, temp):
     others = torch.arange(len(bank))!=idx
@@ -185,14 +188,15 @@ def image_relations(
     learn:Learner, # A `ressl_learner`
     idx:int, # Position in `dl` of the image
     dl:DataLoader=None, # Images to relate it to; default: the training set
-    before:str=None # Name given to `learn.save`: the model of then
+    before:str=None, # Name given to `learn.save`: the model of then
+    features:tuple=None # Those of the student and of the teacher, each from `embed(learn, dl, teacher)`, to spare computing them again
 ) -> dict: # Of 'teacher' and 'student' the probabilities (n,), 0 of the image to itself
     "How teacher and student relate an image to all others of `dl`"
     if not hasattr(learn, 'ressl'): raise ValueError("learn must be a ressl_learner, with the ReSSL callback")
     dl,ressl = ifnone(dl, learn.dls.train),learn.ressl
     _checked('idx', [idx], dl.n)
     if before is not None: learn = _as_saved(learn, before)
-    bank,student = (_embeddings(learn, dl, teacher) for teacher in (True,False))
+    bank,student = (_embeddings(learn, dl, teacher, features and features[teacher]) for teacher in (True,False))
     return dict(teacher=_to_others(bank, bank, idx, _value(ressl.teacher_temp, ressl.progress)), student=_to_others(student, bank, idx, ressl.student_temp))
 
 # %% ../nbs/11_interpret.ipynb #49e4560e
@@ -202,12 +206,13 @@ def show_relations(self:Learner,
     k:int=7, # Images shown for each relation
     dl:DataLoader=None, # Images to relate it to; default: the training set
     before:str=None, # Name given to `learn.save` at another time, to compare with
-    imsize:float=0.8 # Side of a picture in inches
+    imsize:float=0.8, # Side of a picture in inches
+    features:tuple=None # As in `image_relations`, of the model as it is now
 ):
     "The images that teacher and student relate an image to most, with the probabilities"
     dl = ifnone(dl, self.dls.train)
     k,whens = min(k, dl.n-1),{'': None} if before is None else {' then': before, ' now': None}
-    tops = {who+when: p.topk(k) for when,file in whens.items() for who,p in image_relations(self, idx, dl, file).items()}
+    tops = {who+when: p.topk(k) for when,file in whens.items() for who,p in image_relations(self, idx, dl, file, features if file is None else None).items()}
     show_items(dl, [i for top in tops.values() for i in (idx, *top.indices.tolist())],
                [t for nm,top in tops.items() for t in (nm, *(f'{p:.3f}' for p in top.values.tolist()))], ncols=1+k, imsize=imsize)
 

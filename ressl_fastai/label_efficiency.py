@@ -32,6 +32,7 @@ from fastai.vision.learner import vision_learner
 from fastcore.basics import listify, noop
 from pandas import DataFrame
 from scipy.stats import t as student_t
+from sklearn.decomposition import PCA
 from sklearn.metrics import recall_score
 from torch import nn, Tensor
 
@@ -105,14 +106,21 @@ def pixel_features(
     if len(batches[0])!=2: raise ValueError(f"dl must give one target with each image, it gives {len(batches[0])-1}")
     return tuple(map(torch.cat, zip(*batches)))
 
+# %% ../nbs/11a_label_efficiency.ipynb #11ae0037
+def _components(train_x, x, n=128):
+    "At most `n` principal components of the training features, for both: logistic regression on thousands of pixels takes minutes and is no better"
+    if min(train_x.shape)<=n: return train_x,x
+    pca = PCA(n, random_state=0).fit(train_x.numpy())
+    return tuple(torch.as_tensor(pca.transform(o.numpy())) for o in (train_x,x))
+
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0020
 def _draw_weights(net):
     "New weights for a network that was made by hand, and may be trained by now"
     for m in net.modules():
         if next(m.parameters(recurse=False), None) is None: continue
         draw = getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
-        if draw is None: raise ValueError(f"arch must be a function that makes the network: the module's own weights may be trained, and those of its "
-            f"{type(m).__name__} cannot be drawn anew (it has no reset_parameters)")
+        if draw is None: raise ValueError(f"the module's own weights may be trained, and those of its {type(m).__name__} cannot be drawn anew: "
+            "give that class a reset_parameters(), or as arch the function that makes the network, where a library has one")
         draw()
 
 def _fresh(learn, arch, seed):

@@ -17,20 +17,24 @@ __all__ = ['first_images', 'image_stats', 'default_queue_size', 'embedding_loss'
 
 # %% ../nbs/07_learner.ipynb #bce794fb
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.hook import model_sizes
+from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_c
-from fastai.learner import Learner
+from fastai.learner import Learner, Recorder
+from fastai.optimizer import Optimizer
 from fastai.torch_core import TensorCategory, get_model, get_random_states, no_random, set_random_states
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import add_head, default_split, model_meta
@@ -102,15 +106,43 @@ def embedding_loss(
     return pred.new_zeros(len(pred) if reduction=='none' else ())
 
 # %% ../nbs/07_learner.ipynb #a1c0002a
+def _as_it_is(o):
+    "What `o` has by name; collections are copied, since they are changed in place"
+    return {k:copy(v) if isinstance(v, (list,dict,set,L)) else v for k,v in vars(o).items()}
+
+def _put_back(o, state):
+    vars(o).clear()
+    vars(o).update(state)
+
+def _generators(learn):
+    "Random generators that belong to the views"
+    tfms = [o for cb in learn.cbs if isinstance(cb, ReSSL) for o in (cb.weak_tfms, *L(cb.strong_tfms))]
+    return [g for o in tfms for g in vars(o).values() if isinstance(g, torch.Generator)] if all(hasattr(o, '__dict__') for o in tfms) else []
+
 @contextmanager
 def _unchanged(learn):
-    "Model, optimizer and random state are as before, whatever happens"
-    model,opt,states = deepcopy(get_model(learn.model).state_dict()),learn.opt and deepcopy(learn.opt.state_dict()),get_random_states()
-    try: yield
+    "All but the recorder is as before, whatever happens; what is written goes to a temporary folder"
+    net,cbs = get_model(learn.model),[cb for cb in learn.cbs if not isinstance(cb, Recorder)]
+    model,opt,states = deepcopy(net.state_dict()),learn.opt and deepcopy(learn.opt.state_dict()),get_random_states()
+    grads,modes,half = [p.grad if p.grad is None else p.grad.clone() for p in net.parameters()],[(m,m.training) for m in net.modules()],net.half_dtype
+    objects = [(o,_as_it_is(o)) for o in (learn, *cbs)]
+    generators,loaders = [(g,g.get_state()) for g in _generators(learn)],[(dl,dl.rng.getstate()) for dl in learn.dls.loaders]
+    try:
+        with TemporaryDirectory() as folder:
+            learn.path,learn.model_dir = Path(folder),'.'
+            learn.cbs = learn.cbs.filter(lambda cb: not isinstance(cb, CSVLogger))  # its file may have an absolute path
+            yield
     finally:
-        get_model(learn.model).load_state_dict(model)
-        if opt is None: learn.opt = None
-        else: learn.opt.load_state_dict(opt)
+        for o,state in objects: _put_back(o, state)
+        net.load_state_dict(model)
+        net.half_dtype = half
+        for p,grad in zip(net.parameters(), grads): p.grad = grad
+        for m,mode in modes: m.training = mode
+        if opt is not None:
+            learn.opt.load_state_dict(opt)
+            if isinstance(learn.opt, Optimizer): learn.opt.state = defaultdict(dict, learn.opt.state)  # fastai loads a plain dict
+        for g,state in generators: g.set_state(state)
+        for dl,state in loaders: dl.rng.setstate(state)
         set_random_states(**states)
 
 class ReSSLLearner(Learner):
@@ -144,8 +176,19 @@ class ReSSLLearner(Learner):
 
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
-        "As in fastai, and no trace of it is left"
+        "As in fastai, and no trace of it is left but the curve in `learn.recorder`"
         with _unchanged(self): return super().lr_find(**kwargs)
+
+    def _clean(self, ds_idx, dl): return clean_dl(self.dls.train) if dl is None and ds_idx==0 else dl
+
+    @delegates(Learner.get_preds)
+    def get_preds(self, ds_idx=1, dl=None, **kwargs):
+        "As in fastai, and of clean images also in the training set (`ds_idx=0`)"
+        return super().get_preds(ds_idx, self._clean(ds_idx, dl), **kwargs)
+
+    def validate(self, ds_idx=1, dl=None, cbs=None):
+        "As in fastai, and on clean images also in the training set (`ds_idx=0`)"
+        return super().validate(ds_idx, self._clean(ds_idx, dl), cbs)
 
     def to_fp32(self):
         "Training in float32"
@@ -195,7 +238,7 @@ def _check_views(model, x, bs, **tfms):
             except Exception as e:
                 if bs==1: raise ValueError(f"bs must be at least 2 for {model.encoder.arch} with batch norm, got 1 ({e})") from e
                 raise ValueError(f"{nm} makes views of {h} x {w} pixels, which {model.encoder.arch} cannot be trained with ({e}): give them the size of the images, "
-                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)), or take an architecture for any size (of timm's transformers "
+                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)*5), or take an architecture for any size (of timm's transformers "
                     "partial(timm.create_model, name, dynamic_img_size=True, dynamic_img_pad=True))") from e
 
 def _check_trackers(learn, cbs):
@@ -204,7 +247,7 @@ def _check_trackers(learn, cbs):
         what = f"{type(cb).__name__} watches {cb.monitor}, which"
         if learn.dls.valid.n==0: raise ValueError(f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
         every = max([getattr(m, 'every', 1) for m in learn.metrics if m.name==cb.monitor], default=1)
-        if getattr(cb, 'patience', every)<every: raise ValueError(
+        if every>1 and getattr(cb, 'patience', every)<every: raise ValueError(
             f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between two values, got {cb.patience}")
 
 def _follow(learn, dls):
@@ -362,7 +405,9 @@ def save_encoder(self:Learner,
     enc,stats = _pretrained(self, teacher)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem, nf=enc.nf, teacher=teacher,
                  normalize=stats, body=enc[0].state_dict())
-    for k,v in state['body'].items(): state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
+    for k,v in state['body'].items():
+        if fault := _fault(v, v): raise ValueError(f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
+        state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
     return write_torch(_encoder_file(file, self.path/self.model_dir), state)
 
 # %% ../nbs/07_learner.ipynb #167aaf33
@@ -447,8 +492,9 @@ def _check_labelled(dls):
     "Refuse what a classifier cannot be trained on, and train on labels that are fewer than a batch"
     train,n = dls.train,dls.train.n
     if n==1: raise ValueError("dls.train must hold at least 2 images, it has 1: batch norm needs two to train on")
-    for y in [tl for tl in getattr(train.dataset, 'tls', [])[1:] if hasattr(tl.items, 'iloc')]:
-        missing = sum(isinstance(o, TensorCategory) and bool(o<0) for o in y)
+    for tl in getattr(train.dataset, 'tls', [])[1:]:
+        if not hasattr(tl.items, 'iloc') or not isinstance(tl[0], TensorCategory): continue  # only in tables labels are missing
+        missing = sum(bool(y<0) for y in tl)
         if missing: raise ValueError(f"{missing} of the {n} training images have no label: leave these rows of the table out, as in df[df.label.notna()]")
     if not len(train):
         train.drop_last = False

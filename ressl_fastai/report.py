@@ -18,6 +18,7 @@ import base64, platform, warnings
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 import fastai, jinja2, torch, torchvision
@@ -30,6 +31,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from pandas import DataFrame
 from PIL import Image
+from sklearn.exceptions import ConvergenceWarning
 from torch.utils.data import Subset
 from torchvision.transforms.functional import to_pil_image
 
@@ -40,7 +42,7 @@ from .files import write_text
 from .health import Guard, HealthMonitor
 from .interpret import (_classes, _embeddings, _name, _pictures, _plain, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors,
                                     suggest_labels)
-from .label_efficiency import label_efficiency, pixel_features, plot_labels
+from .label_efficiency import _components, _linear, draw_labels, pixel_features, plot_labels
 from .learner import first_images
 from .models import ReSSLModel, get_arch
 from .recipes import _show
@@ -106,6 +108,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border-rad
 {% endfor %}</tbody>
 </table></div>
 {% endif %}{% if s.code %}<pre><code>{{ s.code }}</code></pre>
+{% endif %}{% if s.seconds %}<p class="quiet">{{ s.seconds }} seconds</p>
 {% endif %}</section>
 {% endfor %}</body>
 </html>
@@ -171,11 +174,13 @@ def _item_name(dl, i, path):
 
 def _look(learn, n, command=None):
     "The images that the page is about, with features, classes and names; or the `problem` that they cannot be had for"
-    seen = SimpleNamespace(command=command, y=None, problem=None)
+    seen,start = SimpleNamespace(command=command, y=None, problem=None),perf_counter()
     try:
         (seen.dl,idxs),(seen.valid,_) = _few(learn.dls.train, n),_few(learn.dls.valid, n)
         seen.names = [_item_name(learn.dls.train, i, learn.dls.path) for i in idxs]
-        seen.features = embed(learn, seen.dl)
+        seen.features,seen.valid_features,seen.teacher,seen.valid_teacher = (embed(learn, dl, teacher) if dl.n else None
+                                                                                for teacher in (False,True) for dl in (seen.dl, seen.valid))
+        seen.looked_at = f"{seen.dl.n:,} training and {seen.valid.n:,} validation images, spread evenly; embedded in {perf_counter()-start:.1f} seconds"
         seen.y = _classes(seen.features[1])
     except Exception as e: seen.problem = e
     return seen
@@ -223,6 +228,7 @@ def _history(learn):
 
 def _what_was_run(learn, seen):
     rows = _data_rows(learn, seen) + _model_rows(get_model(learn.model)) + _training_rows(learn)
+    if not seen.problem: rows.append(('looked at', seen.looked_at))
     return dict(rows=[*rows, ('versions', ', '.join(f'{k} {v}' for k,v in versions().items()))], code=seen.command,
                 facts=[('training images', f'{learn.dls.train.n:,}'), ('epochs', len(_history(learn)))])
 
@@ -266,25 +272,34 @@ def _health(learn, seen):
                 facts=[(nm.replace('_', ' '), f'{now[nm]:.3g}') for nm in ('feature_std','effective_rank')])
 
 # %% ../nbs/11b_report.ipynb #rp24acc
+def _pairs(seen):
+    "Features of training and of validation images, by name"
+    return {'raw pixels': tuple(pixel_features(o)[0] for o in (seen.dl, seen.valid)), 'student': (seen.features[0],seen.valid_features[0]),
+            'teacher': (seen.teacher[0],seen.valid_teacher[0])}
+
 def _accuracy(learn, seen):
     if seen.y is None: raise ValueError("the images have no labels, or not one each")
     if not seen.valid.n: raise ValueError("there are no validation images")
-    y = embed(learn, seen.valid)[1]
-    pairs = {'raw pixels': [pixel_features(o)[0] for o in (seen.dl, seen.valid)], 'student': (seen.features[0], embed(learn, seen.valid)[0]),
-             'teacher': [embed(learn, o, teacher=True)[0] for o in (seen.dl, seen.valid)]}
+    y,pairs = seen.valid_features[1],_pairs(seen)
     knn = {nm:f'{knn_accuracy(a, seen.y, b, y):.3f}' for nm,(a,b) in pairs.items()}
-    return dict(head=('', 'nearest neighbours', 'linear'),
-                rows=[(nm, knn[nm], f"{linear_accuracy(a, seen.y, b, y)['top1']:.3f}") for nm,(a,b) in pairs.items()],
+    linear = {nm:linear_accuracy(*_with(seen.y, y, _components(*ab)))['top1'] for nm,ab in pairs.items()}
+    return dict(head=('', 'nearest neighbours', 'linear'), rows=[(nm, knn[nm], f'{linear[nm]:.3f}') for nm in pairs],
                 text=f"On {seen.valid.n:,} validation images, with the labels of {seen.dl.n:,} training images; pretraining saw none. "
-                     "Features that do not beat raw pixels are of no use here.",
+                     "The linear classifier has at most 128 principal components. Features that do not beat raw pixels are of no use here.",
                 facts=[('nearest-neighbour accuracy', knn['student']), ('that of raw pixels', knn['raw pixels'])])
+
+def _with(train_y, y, features): return features[0],train_y,features[1],y
 
 def _few_labels(learn, seen):
     if seen.y is None: raise ValueError("the images have no labels, or not one each")
     if not seen.valid.n: raise ValueError("there are no validation images")
-    dls,least = DataLoaders(seen.dl, seen.valid),seen.y.unique(return_counts=True)[1].min()
-    df = label_efficiency(learn, dls, [o for o in (1,5,25) if o<=least], rows=('frozen features','raw pixels'))
-    return dict(figures=[_figure(plot_labels, 'accuracy by labels per class', df)],
+    y,least,res = seen.valid_features[1].numpy(),seen.y.unique(return_counts=True)[1].min(),[]
+    for row,nm in (('frozen features','student'), ('raw pixels','raw pixels')):
+        a,b = _components(*_pairs(seen)[nm])
+        predict = _linear(a, seen.y, b)
+        for seed,n in [(seed, n) for seed in range(3) for n in (1,5,25) if n<=least]:
+            res.append(dict(row=row, labels=n, accuracy=(predict(draw_labels(seen.y, n, seed=seed), seed)==y).mean()))
+    return dict(figures=[_figure(plot_labels, 'accuracy by labels per class', DataFrame(res))],
                 text="Accuracy of a linear classifier that has few labels, with 95 % intervals over three draws. "
                      "label_efficiency(learn, dls) compares fine-tuning and training from scratch too.")
 
@@ -299,7 +314,7 @@ def _views(learn, seen):
 
 def _relations(learn, seen):
     _enough(seen, 7)
-    return dict(figures=[_figure(learn.show_relations, 'an image and those it is related to', i, 5, seen.dl) for i in _spread(2, seen.dl.n)],
+    return dict(figures=[_figure(learn.show_relations, 'an image and those it is related to', i, 5, seen.dl, features=(seen.features,seen.teacher)) for i in _spread(2, seen.dl.n)],
                 text="The images that teacher and student relate the first one to most, with the probabilities. This is what the loss compares.")
 
 def _neighbours(learn, seen):
@@ -369,19 +384,25 @@ _sections = (_what_was_run, _curves, _accuracy, _few_labels, _health, _views, _r
 
 _without_features = _what_was_run,_curves,_views,_how_to_use_it
 
+def _images_for_a_page(dls):
+    "As many as are embedded within seconds to a minute, without a GPU"
+    try: h,w = first_images(dls, 1)[0].shape[2:]
+    except Exception: return 2000  # the page will say what is wrong with the images
+    return max(200, min(2000, 2000*96**2//(h*w)))
+
 def _made(section, learn, seen):
     "The section, or why there is none: no error of one loses the page"
-    title = section.__name__.strip('_').replace('_', ' ').capitalize()
+    title,start = section.__name__.strip('_').replace('_', ' ').capitalize(),perf_counter()
     try:
         if seen.problem and section not in _without_features: raise seen.problem
-        return dict(title=title, **section(learn, seen))
+        return dict(title=title, **section(learn, seen), seconds=f'{perf_counter()-start:.1f}')
     except ValueError as e: return dict(title=title, missing=str(e))
     except Exception as e: return dict(title=title, failed=f'{type(e).__name__}: {e}')
 
 @patch
 def report(self:Learner,
     file:str|Path='report.html', # Name in `learn.path`, or an absolute path; an older file is replaced
-    n:int=2000, # Images looked at, at most, of the training and of the validation set
+    n:int=None, # Images looked at, at most, of the training and of the validation set; default: 2,000, fewer if they are larger than 96 pixels
     command:str=None, # What was typed into the shell to make this run, if it was
     title:str=None # Heading of the page; default: the architecture and the number of images
 ) -> Path: # Where it is
@@ -389,10 +410,12 @@ def report(self:Learner,
     model = get_model(self.model)
     if not (isinstance(model, ReSSLModel) and hasattr(self, 'ressl')):
         raise ValueError(f"report needs a ressl_learner, with its ReSSL callback; the model is a {type(model).__name__}")
+    if n is None: n = _images_for_a_page(self.dls)
     if not isinstance(n, int) or n<2: raise ValueError(f"n must be a whole number of at least 2, got {n!r}")
     file = Path(self.path)/file
     if not file.parent.is_dir(): raise ValueError(f"file must be in a folder that exists, there is no {file.parent}")
-    with no_random():
+    with no_random(), warnings.catch_warnings():
+        warnings.simplefilter('ignore', ConvergenceWarning)
         seen = _look(self, n, command)
         sections = [_made(o, self, seen) for o in _sections]
     page = render(title=title or f'{model.encoder.arch}, pretrained on {self.dls.train.n:,} images',

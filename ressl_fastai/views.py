@@ -365,6 +365,7 @@ def clean_dl(
         for nm in ('after_item','before_batch','after_batch'):
             fs = with_opener(getattr(dl, nm).fs).filter(lambda f: normalize or not isinstance(f, Normalize))
             how[nm] = Pipeline(fs)
+    if kwargs.get('num_workers')==0: how['timeout'] = 0  # torch refuses another one without workers
     in_order = next(c for c in type(dl).__mro__ if c.get_idxs is DataLoader.get_idxs)
     res = dl.new(dataset=ds, cls=in_order, **{**how, 'n':dl.n, **kwargs})
     if sampled:  # with what a class of its own knows, such as weights: `new` forgets it

@@ -6,7 +6,6 @@ from fastai.torch_core import defaults
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ressl_fastai.callback import ReSSL
-from ressl_fastai.cuda_graph import CUDAGraph
 from ressl_fastai.feature_queue import FeatureQueue
 
 def there(o): return isinstance(o, torch.Tensor) and o.device.type=='meta'
@@ -52,29 +51,3 @@ def replaced():
         m.setattr(ReSSL, '_on_gpu', lambda self, x: True)
         m.setattr(FeatureQueue, 'filled', property(lambda self: self.feats))  # a count read from it would be 0
         yield device
-
-
-class PlayedBack(CUDAGraph):
-    "On a CPU: what `torch.cuda.make_graphed_callables` promises, with calls in the place of recordings. Inputs, outputs and gradients lie where they lay at the first batch"
-    def _device(self): return torch.device('cuda')
-    def _capture(self, modules, samples):
-        def one(module, sample):
-            params,out,grads = [p for p in module.parameters() if p.requires_grad],[],[]
-            def keep(kept, new):
-                if not kept: kept.extend(o.detach().clone() for o in new)
-                for a,b in zip(kept, new): a.copy_(b.detach())
-                return tuple(o.detach() for o in kept)
-            class Graphed(torch.autograd.Function):
-                @staticmethod
-                def forward(ctx, *inputs):
-                    assert [o.shape for o in inputs[:len(sample)]]==[o.shape for o in sample]
-                    for a,b in zip(sample, inputs): a.copy_(b)
-                    with torch.enable_grad(): ctx.out = module(*sample)
-                    return keep(out, [ctx.out])[0]
-                @staticmethod
-                def backward(ctx, grad): return (*[None]*len(sample), *keep(grads, torch.autograd.grad(ctx.out, params, grad)))
-            for _ in range(3): module(*sample)                 # warms up, and leaves its trace in batch norms
-            torch.rand(1)
-            return lambda *xs: Graphed.apply(*xs, *params)
-        self.records = getattr(self, 'records', 0)+1
-        return [one(*o) for o in zip(modules, samples)]

@@ -76,7 +76,8 @@ def test_advice_of_a_recipe_can_be_followed_in_the_shell(there, monkeypatch, cap
     monkeypatch.chdir(there)
     line = 'ims --recipe=cifar10 --gray --epochs=6 --bs=16 --size=8 --arch=small_resnet --num-workers=0 --no-report --out=advised'
     text = command(ressl_pretrain, line)[1]
-    assert command(ressl_pretrain, line+' '+text.split('They do with ')[1]) is None and (there/'advised'/'encoder.pth').exists()
+    assert command(ressl_pretrain, line+' '+text.split('They do with ')[1]) is None
+    assert (there/'advised'/'encoder.pth').exists() and not (there/'advised'/'report.html').exists()
 
 evaluate = {'nowhere ims': 'no encoder file', "'' ims": 'ENCODER must be', 'text.pth ims --size=8': 'text.pth', 'image.pth ims --size=8': 'image.pth', 'a_model.pth ims --size=8': 'save_encoder',
             'a_tensor.pth ims --size=8': 'save_encoder', 'no_arch.pth ims --size=8': 'no_arch.pth', 'arch_none.pth ims --size=8': 'arch_none.pth', 'no_body.pth ims --size=8': 'no_body.pth',
@@ -105,9 +106,19 @@ def test_an_error_that_nobody_thought_of_is_a_sentence_too(there, monkeypatch, c
         assert code==1 and '\n' not in text and (type(e).__name__ in text or 'out of memory' in text)
         assert everything(there)==before                          # what stood there before training is gone again
 
+def test_paths_are_printed_before_the_report_begins(there, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(there)
+    monkeypatch.setattr('ressl_fastai.learner.Learner.report', lambda self, **kwargs: print('begins'), raising=False)
+    assert command(ressl_pretrain, f'flat --arch=small_resnet --size=8 --epochs=1 --bs=16 --gray --num-workers=0 --out={tmp_path}/run') is None
+    before,after = capsys.readouterr().out.split('begins')
+    assert all(f'{tmp_path}/run/{o}' in before for o in ('encoder.pth','report.html','views.png','curves.png')) and after.strip()==''
+
+def test_the_version(capsys):
+    for func in (ressl_pretrain,ressl_evaluate): assert command(func, '--version')[0]==0 and capsys.readouterr().out.startswith('ressl_fastai ')
+
 def test_the_same_command_twice_and_ctrl_c(there, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(there)
-    line = f'ims --arch=small_resnet --size=8 --epochs=200 --bs=16 --gray --num-workers=0 --no-report --out={tmp_path}/run'
+    line = f'ims --arch=small_resnet --size=8 --epochs=5000 --bs=16 --gray --num-workers=0 --no-report --out={tmp_path}/run'
     with subprocess.Popen([Path(sys.executable).with_name('ressl_pretrain'), *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
                           start_new_session=True, env={**os.environ, 'PYTHONWARNINGS':'ignore'}) as first:
         for row in first.stdout:

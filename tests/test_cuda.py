@@ -7,12 +7,12 @@ from fastai.optimizer import Adam
 from fastai.vision.all import set_seed
 
 from ressl_fastai import data
-from ressl_fastai.cuda_graph import CUDAGraph
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.evaluate import embed, knn_accuracy
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.losses import ressl_loss
 from ressl_fastai.models import small_resnet
+from ressl_fastai.optimizer import FusedAdam
 from ressl_fastai.views import strong_tfms, weak_tfms
 
 pytestmark = pytest.mark.cuda
@@ -49,8 +49,7 @@ def test_the_loss_is_that_of_the_cpu():
 
 @pytest.mark.parametrize('labels', [False, True])
 @pytest.mark.parametrize('kept', [True, False])
-@pytest.mark.parametrize('graph', [False, True])
-def test_nothing_waits(labels, kept, graph, monkeypatch):
+def test_nothing_waits(labels, kept, monkeypatch):
     from fastai.callback.core import Callback
     if not kept: monkeypatch.setattr(data, '_free', lambda device: 0)
     class Strict(Callback):
@@ -59,21 +58,23 @@ def test_nothing_waits(labels, kept, graph, monkeypatch):
         def after_train(self): torch.cuda.set_sync_debug_mode('default')
     learn = make(np.arange(512)%4 if labels else None)
     assert f"kept on {'cuda:0' if kept else 'cpu'}" in repr(learn.dls.train)
-    try: fit(learn, 2, cbs=[Strict()]+[CUDAGraph()]*graph)
+    try: fit(learn, 2, cbs=Strict())
     finally: torch.cuda.set_sync_debug_mode('default')
     assert len(learn.recorder.losses)==12 and all(o.device.type=='cpu' for o in learn.recorder.losses)
 
 def test_the_fused_optimizer_is_fastais():
-    "Weights after 12 steps of a training in float32, and that the kernel was used"
-    ours,adam = fit(make(precision='float32'), 2),fit(make(precision='float32', opt_func=Adam), 2)
-    assert (weights(ours)-weights(adam)).abs().max()<1e-3
-    assert all(ours.opt.state[p]['step'].is_cuda for ps in ours.opt.param_lists for p in ps)
-
-def test_a_recorded_training_is_the_training():
-    from fastai.callback.training import GradientAccumulation
-    graphed,plain = (torch.stack([*fit(make(precision='float32'), 2, cbs=cbs).recorder.losses]) for cbs in ([CUDAGraph()], []))
-    assert (graphed-plain).abs().max()<1e-2
-    with pytest.raises(ValueError, match='GradientAccumulation'): fit(make(), cbs=[CUDAGraph(), GradientAccumulation(128)])
+    """Weights after 20 steps along the same gradients; float32 trainings differ from run to run, so none is compared. The control has another epsilon."""
+    def stepped(opt_func):
+        torch.manual_seed(0)
+        ps = [torch.randn(s, device='cuda', requires_grad=True) for s in ((64,3,3,3), (64,), (10,64))]
+        opt = opt_func([ps], lr=1e-2, wd=0.1)
+        for _ in range(20):
+            for p in ps: p.grad = torch.randn_like(p)
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in ps]),opt
+    (ours,opt),(adam,_),(other,_) = map(stepped, (FusedAdam, Adam, partial(Adam, eps=1e-2)))
+    assert (ours-adam).abs().max()<1e-5<(other-adam).abs().max()  # weights of up to 4 have steps of 4e-7, of which 20 are added
+    assert all(opt.state[p]['step'].is_cuda for ps in opt.param_lists for p in ps)
 
 def test_features_and_neighbours():
     learn = fit(make(np.arange(512)%4, metrics=None))

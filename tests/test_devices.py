@@ -1,4 +1,5 @@
 "Tests run on the CPU whatever else a machine has, and nothing forks once CUDA has started."
+import subprocess, sys
 import os, pytest, torch
 from concurrent.futures import process
 from pathlib import Path
@@ -47,3 +48,18 @@ def test_files_are_opened_without_a_fork_once_cuda_has_started(tmp_path, monkeyp
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     with pytest.warns(UserWarning, match='bad.png'): assert readable_images(files, skip_bad=True)==files[:3]
     assert not started
+
+def test_forked_workers_collect_nothing_that_was_there_before():
+    "Pinned memory that an interrupted fit has left must not be freed by a worker: on a GPU that ends the worker (seen on an H100)"
+    code = """
+import gc, os
+from ressl_fastai.callback import _let_workers_collect_nothing
+def in_a_worker():
+    read,write = os.pipe()
+    if os.fork()==0: os.write(write, b'%d' % gc.get_freeze_count()); os._exit(0)
+    return int(os.read(read, 20))
+before = in_a_worker()
+_let_workers_collect_nothing()
+print(before==0, in_a_worker()>10_000)"""
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
+    assert out.split()==['True','True']

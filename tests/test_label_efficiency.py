@@ -131,7 +131,7 @@ def test_imagenet_row_asks_the_library_for_weights(monkeypatch):
 
 # mistakes
 
-@pytest.mark.parametrize('kw,msg', [(dict(rows=('pixels',)),'rows must be of'), (dict(labels_per_class=(1,1000)),'is more than'), (dict(rows=('from scratch',)),'arch must make'),
+@pytest.mark.parametrize('kw,msg', [(dict(rows=('pixels',)),'rows must be of'), (dict(labels_per_class=(1,1000), rows=('frozen features',)),'is more than'), (dict(rows=('from scratch',)),'arch must make'),
     (dict(rows=('random encoder',), arch=small_resnet),'arch must make')])
 def test_mistakes_are_told_before_training(fits, kw, msg):
     learn = make()

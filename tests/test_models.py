@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np, pytest, timm, torch, torchvision.models as tv
 import torch.nn.functional as F
+from fastai.torch_core import defaults
 from fastai.vision.all import CategoryBlock, DataBlock, Flip, ImageBlock, IndexSplitter, Normalize, PILImage, PILImageBW, params, unet_learner, vision_learner
 from fastai.vision.models import xresnet
 from sklearn.neighbors import KNeighborsClassifier
@@ -336,7 +337,8 @@ def test_frozen_stays_frozen(tmp_path):
     def frozen(): return clf.opt.frozen_idx,[p.requires_grad for p in clf.model.parameters()]
     before = frozen(); load_encoder(clf, 'enc'); assert frozen()==before
 
-def test_added_normalize_is_on_the_device_of_the_data(tmp_path):
+def test_added_normalize_is_on_the_device_of_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, 'use_cuda', None)  # else fastai's `to_device` takes all to the CPU
     make(path=tmp_path).save_encoder('enc')
     clf = clf_of(tmp_path)
     clf.dls.device = torch.device('meta')  # stands for any device but the CPU

@@ -111,6 +111,7 @@ def public_symbols(mod):
         owner,_,attr = name.partition('.')
         if any(part.startswith('_') for part in (owner, attr)): continue
         if attr and owner in mod.__all__: continue
+        if not attr and owner not in mod.__all__: continue  # `encodes` of another's `Transform`
         sym = inspect.getattr_static(getattr(mod, owner), attr) if attr else getattr(mod, owner)
         yield name, inspect.unwrap(getattr(sym, '__func__', sym))
 

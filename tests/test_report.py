@@ -15,7 +15,7 @@ from torch import nn
 from ressl_fastai import report
 from ressl_fastai.all import accuracy, digits_dls, embed, get_arch, load_encoder, ressl_learner, small_resnet, vision_learner
 from ressl_fastai.health import HealthMonitor
-from ressl_fastai.interpret import _pictures, plot_embeddings, show_neighbors
+from ressl_fastai.interpret import _pictures, image_relations, plot_embeddings, show_neighbors
 from ressl_fastai.report import _few, _item_name, render, template
 
 void = {'meta', 'link', 'img', 'br', 'hr', 'input'}
@@ -205,6 +205,7 @@ def failed(html): return {k:o for k,o in sections(html).items() if 'This section
 @pytest.mark.parametrize('error', [KeyError('x'), RuntimeError('out of <b>memory</b>'), MemoryError(), AttributeError('a'), OSError(28, 'No space left'), AssertionError()], ids=lambda e: type(e).__name__)
 def test_an_error_of_a_section_is_said_there_and_the_page_stands(labelled, error, monkeypatch):
     learn,_ = labelled
+    plt.close('all')  # what other tests have left
     def fail(*args, **kwargs): raise error
     monkeypatch.setattr('ressl_fastai.report.show_neighbors', lambda *args, **kwargs: fail(plt.figure()))
     monkeypatch.setattr('ressl_fastai.report.find_outliers', fail)
@@ -254,3 +255,25 @@ def test_names_are_drawn_letter_by_letter(tmp_path, recwarn):
     plt.gcf().canvas.draw()
     assert max(len(t) for ax in plt.gcf().axes for t in ax.get_title().splitlines())<20
     plt.close('all')
+
+def test_images_are_embedded_once_and_every_section_says_its_seconds(labelled, monkeypatch, recwarn):
+    learn,calls = labelled[0],[]
+    def counted(learn, dl=None, teacher=False, *args, **kwargs):
+        calls.append((dl.n, teacher))
+        return embed(learn, dl, teacher, *args, **kwargs)
+    for nm in ('report','interpret','label_efficiency'): monkeypatch.setattr(f'ressl_fastai.{nm}.embed', counted)
+    html = learn.report().read_text(encoding='utf-8')
+    assert sorted(calls)==[(45,False),(45,True),(105,False),(105,True)]
+    assert all(re.search(r'<p class="quiet">\d+\.\d seconds</p>', o) for nm,o in sections(html).items() if nm not in left_out(html))
+    assert '105 training and 45 validation images, spread evenly' in html and not [o for o in recwarn if 'converge' in str(o.message)]
+
+def test_relations_from_features_are_those_of_the_images(labelled):
+    learn = labelled[0]
+    features = tuple(embed(learn, learn.dls.train, teacher) for teacher in (False,True))
+    a,b,c = (image_relations(learn, 3, features=o) for o in (None, features, features[::-1]))
+    for who in ('student','teacher'): torch.testing.assert_close(a[who], b[who], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(a['student'], c['student'], atol=1e-3)   # the two are not the same here
+
+def test_a_page_looks_at_fewer_large_images():
+    def n(size): return report._images_for_a_page(DataLoaders(*[TfmdDL([(torch.zeros(3, size, size),)]*3, bs=2)]*2))
+    assert [n(o) for o in (32, 96, 192, 500)]==[2000, 2000, 500, 200]
