@@ -154,8 +154,6 @@ def test_a_modules_random_encoder_is_not_the_trained_one():
     bn = _fresh(learn, own, 0).model.encoder[0].net[1]
     assert bn.running_mean.eq(0).all() and bn.num_batches_tracked==0
     assert close(features(learn.model.encoder, x), trained) and close(features(own, x), trained)
-    df = label_efficiency(learn, image_dls(), (1,), seeds=1, n_steps=1, arch=own)
-    assert len(df)==5 and df.accuracy.notna().all()
 
 def test_what_cannot_be_drawn_anew_is_said_before_anything_is_trained(monkeypatch):
     class Token(Own):
@@ -164,9 +162,10 @@ def test_what_cannot_be_drawn_anew_is_said_before_anything_is_trained(monkeypatc
     token = Token()
     learn = fit(ressl_learner(image_dls(), token, **small))
     monkeypatch.setattr('ressl_fastai.label_efficiency._predictor', lambda *args: pytest.fail('trained'))
-    for arch,why in ((token,'arch must be a function'), (None,'arch must make the network'), (net,'arch must make the network')):
+    for arch,why in ((token,'Token cannot be drawn anew'), (None,'arch must make the network'), (net,'arch must make the network')):
         with pytest.raises(ValueError, match=why): label_efficiency(learn, image_dls(), (1,), seeds=1, arch=arch)
-    assert not close(*(features(o.model.encoder, torch.rand(2, 3, 16, 16)) for o in (learn, _fresh(learn, Token, 0))))
+    x = torch.rand(2, 3, 16, 16)
+    assert not close(features(learn.model.encoder, x), features(_fresh(learn, Token, 0).model.encoder, x))  # the function that makes it will do
     fixed = fit(ressl_learner(image_dls(size=32), tiny_vit, **small))
     _fresh(fixed, tiny_vit, 0)  # a network of a fixed size is made for it
 
@@ -185,17 +184,6 @@ x = torch.ones(60, 8); x[0,0] = 1.001; print(_project(x, 'tsne', 0).shape)
 """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert done.returncode==0 and done.stdout.splitlines()==['the 60 images must differ,']*6+['(60, 2)'], done
-
-def test_black_images_train_and_are_looked_at():
-    black = np.zeros((40,16,16,3), np.uint8)
-    learn = fit(ressl_learner(image_dls(images=black), net, **small, cbs=HealthMonitor()))
-    assert np.isfinite(learn.recorder.values).all()
-    with pytest.raises(ValueError, match='all have the same features'): plot_embeddings(learn)
-    assert len(find_duplicates(learn))==30*29//2 and len(suggest_labels(learn, 5))==5
-    assert find_outliers(learn).score.abs().max()<1e-5
-    assert effective_rank(torch.zeros(4, 3))==1 and effective_rank(torch.ones(4, 3)).item()==pytest.approx(1)
-    df = label_efficiency(learn, image_dls(images=black), (1,), seeds=1, n_steps=1, arch=net)
-    assert df.accuracy.notna().all()
 
 @pytest.mark.parametrize('dtype', [np.float64, np.float16, np.float32])
 def test_arrays_of_any_float_are_computed_in_float32(dtype):
