@@ -145,7 +145,8 @@ class _ToFloat32(Transform):
 def _image_block(x):
     "How single images of `x` become fastai's, and where they come from: PIL images where PIL can, tensors otherwise"
     if x.dtype!=torch.uint8 or x.shape[1] not in (1,3):
-        return TransformBlock(type_tfms=_to_image, batch_tfms={torch.uint8:IntToFloatTensor, torch.float32:None}.get(x.dtype, _ToFloat32)),x
+        to_float = {torch.uint8:IntToFloatTensor, torch.float32:None}.get(x.dtype, _ToFloat32)
+        return TransformBlock(type_tfms=_to_image, batch_tfms=to_float),x
     if x.shape[1]==1: return ImageBlock(PILImageBW),x[:,0].numpy()
     return ImageBlock(PILImage),x.permute(0,2,3,1).numpy()
 

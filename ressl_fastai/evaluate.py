@@ -47,8 +47,11 @@ def _check_normalize(dl, own):
 
 def _part(model, teacher, projected):
     "The network that gives the features asked for"
-    if teacher and not hasattr(model, 'teacher'): raise ValueError(f"learn has no teacher: its model is a {type(model).__name__}, as export leaves it")
-    if not hasattr(model, 'encoder'): raise ValueError(f"learn must have a model with an encoder, as ressl_learner makes, its model is a {type(model).__name__}")
+    kind = type(model).__name__
+    if teacher and not hasattr(model, 'teacher'):
+        raise ValueError(f"learn has no teacher: its model is a {kind}, as export leaves it")
+    if not hasattr(model, 'encoder'):
+        raise ValueError(f"learn must have a model with an encoder, as ressl_learner makes, its model is a {kind}")
     if not projected: return model.teacher[0] if teacher else model.encoder
     return model.teacher if teacher else Embedder(model.encoder, model.projector, model.predictor)
 
@@ -61,8 +64,8 @@ def embed(
     learn:Learner, # A `ressl_learner`, or what `load_learner` makes of its export
     dl:DataLoader=None, # Images to embed, `learn.dls.test_dl(files)` for new ones; default: the validation set
     teacher:bool=False, # The teacher instead of the student
-    projected:bool=False # The embeddings that the loss compares, `get_preds` and `predict` give: after projector and predictor, with unit length
-) -> tuple: # (n, nf) features, or (n, dim) embeddings, in the order of `dl`'s items, and their targets, None without any
+    projected:bool=False # The embeddings that the loss compares, as `get_preds` and `predict` give them, instead of the features
+) -> tuple: # (n, nf) features, or (n, dim) embeddings, in the order of `dl`'s items, and their targets or None
     "Features of clean (unaugmented, normalised) images; changes nothing about `learn`, nor the random state"
     net,dl = _part(get_model(learn.model), teacher, projected),learn.dls.valid if dl is None else dl
     _check_images(dl, learn)
@@ -200,7 +203,8 @@ def fit_logistic(
     if len(counts)<2: raise ValueError(f"y must hold at least two classes, got {len(counts)}")
     x,clf,least = scaler.transform(x),LogisticRegression(C=Cs[(len(Cs)-1)//2], max_iter=1000),counts.min()
     if least==1 or len(Cs)==1: return make_pipeline(scaler, clf.fit(x, y))  # nothing to hold out, or to choose
-    cv = StratifiedKFold(min(5, least), shuffle=True, random_state=seed) if len(y)<=2000 else StratifiedShuffleSplit(1, test_size=max(-(-len(y)//5), len(counts)), random_state=seed)
+    if len(y)<=2000: cv = StratifiedKFold(min(5, least), shuffle=True, random_state=seed)
+    else: cv = StratifiedShuffleSplit(1, test_size=max(-(-len(y)//5), len(counts)), random_state=seed)  # each class in both
     # few images: threads that wait for each other take several times as long as one
     with threadpool_limits(1 if len(y)<=2000 else None): search = GridSearchCV(clf, {'C':list(Cs)}, cv=cv).fit(x, y)
     return make_pipeline(scaler, search.best_estimator_)

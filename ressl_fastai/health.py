@@ -253,7 +253,7 @@ class HealthMonitor(Callback):
         self.active,self.new_fit,self.images = False,True,None
         self.wanted = hasattr(self.learn, 'ressl') and hasattr(self.learn, 'recorder') and not hasattr(self.learn, 'lr_finder')
         if self.wanted and self.learn.dls.valid.n==0:
-            raise ValueError("HealthMonitor measures on validation images, dls holds none out: split some off, or train without it")
+            raise ValueError("HealthMonitor measures on validation images, dls holds none out: split some off, or leave it out")
         if self.wanted: self.recorder.metric_names = _insert(self.recorder.metric_names, self.columns, self.recorder.add_time)
 
     def before_train(self):

@@ -79,8 +79,8 @@ def _features(
 ) -> tuple: # `dl`, features (n, nf), classes (n,) or None without one class per image
     dl,model = ifnone(dl, learn.dls.train),get_model(learn.model)
     if not hasattr(model, 'encoder'): raise ValueError(f"learn must have a model with an encoder, as ressl_learner makes, its model is a {type(model).__name__}")
-    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable: of a learner that was exported, "
-        "or without training images, give dl=learn.dls.test_dl(files)")
+    if not dl.n: raise ValueError("dl must hold images and know how many, it is empty or iterable: with a learner that was "
+                                  "exported, give dl=learn.dls.test_dl(files)")
     x,y = embed(learn, dl, teacher) if features is None else features
     if len(x)!=dl.n: raise ValueError(f"features must be those of dl's {dl.n} images, got {len(x)}: use embed(learn, dl)")
     return dl,x.as_subclass(Tensor),_classes(y)
@@ -221,7 +221,7 @@ def _project(x, method, seed):
     "(n, 2) coordinates"
     x = F.normalize(x, dim=1).numpy()
     if np.ptp(x, 0).max()<1e-6: raise ValueError(  # scikit-learn's t-SNE would end the process
-        f"the {len(x)} images must differ, all have the same features: the images are the same, or the encoder has collapsed")
+        f"the {len(x)} images must differ, all have the same features: they are one image, or the encoder has collapsed")
     if method=='pca': return PCA(2, random_state=seed).fit_transform(x)
     if method=='tsne': return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
     if method!='umap': raise ValueError(f"method must be 'pca', 'tsne' or 'umap', got {method!r}")

@@ -119,8 +119,9 @@ def _draw_weights(net):
     for m in net.modules():
         if next(m.parameters(recurse=False), None) is None: continue
         draw = getattr(m, 'reset_parameters', None) or getattr(m, '_reset_parameters', None)
-        if draw is None: raise ValueError(f"the module's own weights may be trained, and those of its {type(m).__name__} cannot be drawn anew: "
-            "give that class a reset_parameters(), or as arch the function that makes the network, where a library has one")
+        if draw is None: raise ValueError(
+            f"the module's own weights may be trained, and those of its {type(m).__name__} cannot be drawn anew: "
+            "give that class a reset_parameters(), or as arch a function that makes the network")
         draw()
 
 def _fresh(learn, arch, seed):
@@ -129,11 +130,13 @@ def _fresh(learn, arch, seed):
     enc,size = model.encoder,tuple(first_images(learn.dls, 1)[0].shape[2:]) if learn.dls.train.n else 64
     try:
         with no_random(seed):
-            made = create_encoder(get_arch(enc.arch) if arch is None else deepcopy(arch), enc.n_in, stem=enc.stem, size=size)
+            made = get_arch(enc.arch) if arch is None else deepcopy(arch)
+            made = create_encoder(made, enc.n_in, stem=enc.stem, size=size)
             if isinstance(arch, nn.Module): _draw_weights(made)
             enc.load_state_dict(made.state_dict())
     except (RuntimeError,ValueError) as e: raise ValueError(
-        f"arch must make the network that learn was trained with, {arch or enc.arch!r} does not: give what was given to ressl_learner ({e})") from e
+        f"arch must make the network that learn was trained with, {arch or enc.arch!r} does not: "
+        f"give what was given to ressl_learner ({e})") from e
     return Learner(learn.dls, model, loss_func=noop)
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0022
@@ -163,14 +166,14 @@ def label_efficiency(
     rows:tuple=label_rows, # What is compared; 'ImageNet' beside these fine-tunes the library's weights (a download)
     n_steps:int=200, # Training steps of the rows that train a network
     lr:float=2e-3, # Their highest learning rate
-    arch=None, # What `learn` was made with, for fresh weights, which a module gets too; default: by its name, which a `partial` or a module of your own does not say
+    arch=None, # What `learn` was made with, for fresh weights, also of a module; needed if that has no name in a library
     teacher:bool=False # The teacher's encoder instead of the student's
 ) -> DataFrame: # Columns row, labels (per class, or the share), n_labels, seed, accuracy, balanced_accuracy (mean over classes)
     "Test accuracy by number of labelled images, with and without pretraining"
     if unknown := set(rows)-{*label_rows,'ImageNet'}: raise ValueError(f"rows must be of {', '.join(label_rows)} and ImageNet, got {', '.join(unknown)}")
     (y,valid_y),res = (pixel_features(dl)[1] for dl in (dls.train, dls.valid)),[]
     learn.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
-    if {'random encoder','from scratch'} & {*rows}: _fresh(learn, arch, 0)  # what is wrong with `arch` is said before anything is trained
+    if {'random encoder','from scratch'} & {*rows}: _fresh(learn, arch, 0)  # says what is wrong with `arch` before training
     how,amounts = ('per_class',labels_per_class) if fraction is None else ('fraction',fraction)
     seeds = range(seeds) if isinstance(seeds, int) else listify(seeds)
     draws = {(seed,o): draw_labels(y, **{how:o}, seed=seed) for seed in seeds for o in listify(amounts)}

@@ -152,7 +152,8 @@ class ReSSLLearner(Learner):
     @dls.setter
     def dls(self, dls):
         if len(dls.loaders)==1:  # fastai validates on the second
-            dls.loaders.append(dls.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
+            nothing = getattr(dls.train_ds, 'new_empty', list)()
+            dls.loaders.append(dls.train.new(nothing, shuffle=False, drop_last=False))
         set_opener(dls)
         if '_dls' in self.__dict__:
             _same_normalize(dls, _norm_stats(self.dls), 'the model')
@@ -204,7 +205,7 @@ class ReSSLLearner(Learner):
 
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):
-        "Save what embeds images: the student, without teacher, queue, optimizer and callbacks; `embed` and all that needs features take it"
+        "Save what embeds images: the student, without teacher, queue, optimizer and callbacks; `embed` takes it"
         model = get_model(self.model)
         learn = ReSSLLearner(self.dls, Embedder(model.encoder, model.projector, model.predictor), loss_func=embedding_loss, path=self.path, model_dir=self.model_dir)
         Learner.export(learn, fname, **kwargs)
@@ -214,8 +215,9 @@ class ReSSLLearner(Learner):
         rm_type_tfms:int=None, # As in fastai
         with_input:bool=False # Whether the image comes first
     ) -> tuple: # The embedding (dim,), three times, as fastai gives a prediction decoded and as it is
-        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; its features, for all else, are those of `embed`"
-        dl = self.dls.test_dl([_as_image(self.dls, item)], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
+        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; for its features see `embed`"
+        item = _as_image(self.dls, item)
+        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
         x,z,_ = self.get_preds(dl=dl, with_input=True)
         return ((x[0],) if with_input else ()) + (z[0],)*3
 
@@ -225,7 +227,7 @@ class ReSSLLearner(Learner):
 
 # %% ../nbs/07_learner.ipynb #a1c0002b
 def _check_views(model, x, bs, **tfms):
-    "Try a training step's forward pass with views of each size, in a batch of two images or of one; no trace of it is left"
+    "Try a training step's forward pass with views of each size, of two images or of one; no trace of it is left"
     def size_of(o):
         if isinstance(o, views.RandomView): return o.size
         with no_random(): return tuple(o(x.as_subclass(Tensor)).shape[2:])
@@ -234,43 +236,53 @@ def _check_views(model, x, bs, **tfms):
         for h,w in dict.fromkeys(map(size_of, listify(fs))):
             buffers = {k:v.clone() for k,v in net.named_buffers()}  # the running statistics stay as they are
             try:
-                with no_random(), torch.no_grad(): functional_call(net, buffers, x.new_zeros(min(bs, 2), c, h, w).as_subclass(Tensor).to(p))
+                images = x.new_zeros(min(bs, 2), c, h, w).as_subclass(Tensor).to(p)
+                with no_random(), torch.no_grad(): functional_call(net, buffers, images)
             except Exception as e:
-                if bs==1: raise ValueError(f"bs must be at least 2 for {model.encoder.arch} with batch norm, got 1 ({e})") from e
-                raise ValueError(f"{nm} makes views of {h} x {w} pixels, which {model.encoder.arch} cannot be trained with ({e}): give them the size of the images, "
-                    f"{size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)*5), or take an architecture for any size (of timm's transformers "
-                    "partial(timm.create_model, name, dynamic_img_size=True, dynamic_img_pad=True))") from e
+                arch = model.encoder.arch
+                if bs==1: raise ValueError(f"bs must be at least 2 for {arch} with batch norm, got 1 ({e})") from e
+                raise ValueError(
+                    f"{nm} makes views of {h} x {w} pixels, which {arch} cannot be trained with ({e}): give them the size of "
+                    f"the images, {size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)*5), or take an architecture for any size "
+                    "(of timm's transformers partial(timm.create_model, name, dynamic_img_size=True, dynamic_img_pad=True))") from e
 
 def _check_trackers(learn, cbs):
-    "fastai's callbacks that watch a value of the progress table count an epoch without one as no better, or end in an error"
-    for cb in cbs.filter(lambda o: isinstance(o, TrackerCallback) and o.monitor!='train_loss' and not getattr(o, 'every_epoch', False)):
+    "fastai's callbacks that watch a value of the progress table stop, or fail, where an epoch has none"
+    for cb in cbs:
+        if not isinstance(cb, TrackerCallback) or cb.monitor=='train_loss' or getattr(cb, 'every_epoch', False): continue
         what = f"{type(cb).__name__} watches {cb.monitor}, which"
-        if learn.dls.valid.n==0: raise ValueError(f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
+        if learn.dls.valid.n==0: raise ValueError(
+            f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
         every = max([getattr(m, 'every', 1) for m in learn.metrics if m.name==cb.monitor], default=1)
         if every>1 and getattr(cb, 'patience', every)<every: raise ValueError(
-            f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between two values, got {cb.patience}")
+            f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between "
+            f"two values, got {cb.patience}")
 
 def _follow(learn, dls):
     "`RandomView`s grow with the images of `dls`; what the model cannot be trained with is refused"
     ressl,enc = learn.ressl,get_model(learn.model).encoder
     old,x = first_images(learn.dls, 1)[0],first_images(dls)[0]
-    if x.shape[1]!=enc.n_in: raise ValueError(f"dls must have images with {enc.n_in} channels, as the model was made for, got {x.shape[1]}")
+    if x.shape[1]!=enc.n_in:
+        raise ValueError(f"dls must have images with {enc.n_in} channels, as the model was made for, got {x.shape[1]}")
     def resized(o):
         if not isinstance(o, views.RandomView): return o
         o = copy(o)
         o.size = tuple(max(1, round(s*b/a)) for s,a,b in zip(o.size, old.shape[2:], x.shape[2:]))
         return o
     strong = [resized(o) for o in listify(ressl.strong_tfms)]
-    new = dict(weak_tfms=resized(ressl.weak_tfms), strong_tfms=strong if isinstance(ressl.strong_tfms, (list,tuple,L)) else strong[0])
+    several = isinstance(ressl.strong_tfms, (list,tuple,L))
+    new = dict(weak_tfms=resized(ressl.weak_tfms), strong_tfms=strong if several else strong[0])
     _check_views(get_model(learn.model), x, dls.train.bs, **new)
     for nm,o in new.items(): setattr(ressl, nm, o)
 
 def _as_image(dls, item):
     "An array as PIL's image, whose mode can be changed, if `dls` opens images"
     pipe = getattr(getattr(dls.train_ds, 'tls', [dls.train_ds])[0], 'tfms', None)
-    if not isinstance(item, np.ndarray) or not any(isinstance(f, OpenImage) for f in getattr(pipe, 'fs', [])): return item
+    opens = any(isinstance(f, OpenImage) for f in getattr(pipe, 'fs', []))
+    if not isinstance(item, np.ndarray) or not opens: return item
     try: return Image.fromarray(item)
-    except TypeError as e: raise ValueError(f"an array must be (h, w), (h, w, 3) or (h, w, 4) of uint8, got {item.dtype} of shape {item.shape}") from e
+    except TypeError as e: raise ValueError("an array must be (h, w), (h, w, 3) or (h, w, 4) of uint8, "
+                                            f"got {item.dtype} of shape {item.shape}") from e
 
 # %% ../nbs/07_learner.ipynb #dbbda297
 def _stats(dls, body, n_in, pretrained):
@@ -338,7 +350,7 @@ def ressl_learner(
     b = first_images(dls)
     size,n_in = tuple(b[0].shape[2:]),b[0].shape[1]
     if b[0].dtype not in (torch.float32, torch.uint8): raise ValueError(
-        f"images must be float32, or uint8 for IntToFloatTensor, dls gives {b[0].dtype}: convert them where they are opened, as in get_x")
+        f"images must be float32, or uint8 for IntToFloatTensor, dls gives {b[0].dtype}: convert them where they are opened")
     queue_size = ifnone(queue_size, default_queue_size(dls.train.n))
     if queue_size>dls.train.n: raise ValueError(f"queue_size must be at most the number of training images, {dls.train.n}, got {queue_size}")
     if not len(dls.train): raise ValueError(f"bs={dls.train.bs} is larger than the training set of {dls.train.n} images: no batch would be full")

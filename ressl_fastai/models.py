@@ -85,7 +85,7 @@ def _images(model, n_in, size):
     return torch.linspace(0, 1, 2*n_in*size[0]*size[1], device=p.device, dtype=p.dtype).view(2, n_in, *size)
 
 def _fits(body, model, x):
-    "Whether a body that was cut out of `model` runs, and gives the maps that the model has there, where it tells (timm)"
+    "Whether a body that was cut out of `model` runs, and gives the model's own maps, where it tells them (timm)"
     with _tried(model):
         try:
             maps = body(x)
@@ -102,7 +102,9 @@ def _only_features(model):
 
 _classifiers = ('fc','classifier','heads','head')
 
-def _of_library(o): return getattr(o, '__module__', '').startswith(('torchvision.models.','timm.models.','fastai.vision.models.'))
+_libraries = ('torchvision.models.','timm.models.','fastai.vision.models.')
+
+def _of_library(o): return getattr(o, '__module__', '').startswith(_libraries)
 
 def _without_classifier(model, meta, name, n_in, size):
     "As fastai cuts it, or whole"
@@ -111,26 +113,29 @@ def _without_classifier(model, meta, name, n_in, size):
     except StopIteration: body = None
     nm = first(_classifiers, lambda o: hasattr(model, o))
     if body is not None and (meta.get('cut') is not None or _n_convs(body)==_n_convs(model)):
-        if hasattr(model, 'default_cfg'): body.default_cfg = model.default_cfg  # where timm keeps the normalisation of its weights
+        if hasattr(model, 'default_cfg'): body.default_cfg = model.default_cfg  # timm's, with the weights' normalisation
         if nm is None or _fits(body, model, _images(model, n_in, size)): return body
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     elif nm: setattr(model, nm, nn.Identity())
-    elif _of_library(type(model)): raise ValueError(f"cannot tell where the features of {name} end: pass an nn.Module that returns features")
-    return model  # a function's that makes a network of the user's own: as it is
+    elif _of_library(type(model)):
+        raise ValueError(f"cannot tell where the features of {name} end: pass an nn.Module that returns features")
+    return model  # the user's own, made by a function: as it is
 
 def _ends_in_classifier(model):
     "Whether a network of torchvision, timm or fastai is whole"
     if not _of_library(type(model)): return False
     if hasattr(model, 'reset_classifier'): return getattr(model, 'num_classes', 0)>0
     last = getattr(model, first(_classifiers, lambda o: hasattr(model, o)) or '', None) or [*model.children()][-1]
-    ends = [o for o in last.modules() if isinstance(o, nn.Identity) or next(o.parameters(recurse=False), None) is not None]
+    def has_weights(o): return next(o.parameters(recurse=False), None) is not None
+    ends = [o for o in last.modules() if isinstance(o, nn.Identity) or has_weights(o)]
     return bool(ends) and isinstance(ends[-1], (nn.Linear,nn.Conv2d))
 
 def _meta(model): return first(meta for f,meta in model_meta.items() if f.__module__==type(model).__module__) or {}
 
 def _body(arch, n_in, pretrained, size):
     if isinstance(arch, nn.Module):
-        return _without_classifier(deepcopy(arch), _meta(arch), _arch_name(arch), n_in, size) if _ends_in_classifier(arch) else arch
+        if not _ends_in_classifier(arch): return arch
+        return _without_classifier(deepcopy(arch), _meta(arch), _arch_name(arch), n_in, size)
     if isinstance(arch, str): return _timm_body(arch, n_in, pretrained)
     if not callable(arch): raise ValueError(f"arch must be a model function, a timm name or an nn.Module, got {arch!r}")
     model = _instantiate(arch, pretrained)
@@ -221,7 +226,7 @@ class Encoder(nn.Sequential):
     "A body and average pooling: images (bs, n_in, h, w) to features (bs, nf)"
     __jit_unused_properties__ = ['stem']
     def __init__(self,
-        body:nn.Module, # Returns features (bs, nf) or feature maps (bs, nf, h, w); maps (bs, h, w, nf) get their channels in front
+        body:nn.Module, # Returns features (bs, nf) or maps (bs, nf, h, w); maps (bs, h, w, nf) get their channels in front
         arch:str, # Name of the architecture, kept with saved weights
         n_in:int=3, # Channels of the images
         size:int|tuple=64 # Side, or (height, width), of the image that the width of the features is found with
@@ -233,8 +238,9 @@ class Encoder(nn.Sequential):
             self[0] = nn.Sequential(body, Permute([0,3,1,2]))
             self[0]._ressl_stem = body_stem(body)
             out = self[0][1](out)
-        if not isinstance(out, Tensor) or out.ndim not in (2,4): raise ValueError(f"{arch} must return features (bs, nf) or maps (bs, nf, h, w), it "
-            f"returned {f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'}")
+        got = f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else f'a {type(out).__name__}'
+        if not isinstance(out, Tensor) or out.ndim not in (2,4):
+            raise ValueError(f"{arch} must return features (bs, nf) or maps (bs, nf, h, w), it returned {got}")
         self.nf = out.shape[1]
 
     def _try(self, size):
@@ -257,20 +263,22 @@ def create_encoder(
     arch, # torchvision or fastai model function (or `partial` of one), timm name, `nn.Module` or `Encoder`
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's weights, a download unless it is cached
-    stem:str='auto', # 'standard', 'small_pool', 'small', or 'auto': by `size`, and 'standard' for pretrained weights, patches, modules and networks that would not run
+    stem:str='auto', # 'standard', 'small_pool', 'small', or 'auto': by `size`, for fresh weights where the network runs with it
     size:int|tuple=64 # Side, or (height, width), of the images in pixels
 ) -> Encoder: # Images (bs, n_in, h, w) to features (bs, nf)
     "An encoder from any architecture"
     if isinstance(arch, Encoder): return Encoder(set_stem(arch[0], arch.stem if stem=='auto' else stem), arch.arch, n_in, size)
-    def make(stem): return Encoder(set_stem(body, body_stem(body) if stem=='auto' else stem), _arch_name(arch), n_in, size)
     body,module = _body(arch, n_in, pretrained, _sides(size)),isinstance(arch, nn.Module)
+    def make(stem):
+        return Encoder(set_stem(body, body_stem(body) if stem=='auto' else stem), _arch_name(arch), n_in, size)
     if stem!='auto' or module or pretrained: enc = make(stem)
     else:
         try: enc = make(_auto_stem(body, size))
         except ValueError:  # as in RepVGG, where another convolution beside the first keeps its stride
             body = _body(arch, n_in, pretrained, _sides(size))
             enc = make('standard')
-    if not isinstance(arch, str) and not _of_library(type(arch) if module else getattr(arch, 'func', arch)): _warn_of_classifier(enc, _sides(size))
+    known = isinstance(arch, str) or _of_library(type(arch) if module else getattr(arch, 'func', arch))
+    if not known: _warn_of_classifier(enc, _sides(size))
     return enc
 
 def _auto_stem(body, size):
@@ -280,14 +288,16 @@ def _auto_stem(body, size):
 
 def _warn_of_classifier(enc, size):
     "Of a module whose output is that of a linear layer"
-    linear = {}
-    hooks = [m.register_forward_hook(lambda m,i,o,nm=nm: linear.update({nm:o})) for nm,m in enc[0].named_modules() if isinstance(m, nn.Linear)]
+    linear,names = {},{m:nm for nm,m in enc[0].named_modules() if isinstance(m, nn.Linear)}
+    hooks = [m.register_forward_hook(lambda m,i,o: linear.update({names[m]:o})) for m in names]
     try: out = enc._try(size)
     finally:
         for h in hooks: h.remove()
-    if nm := first(linear, lambda o: linear[o] is out): warnings.warn(f"{enc.arch} ends in a linear layer ({nm or 'itself'}, {enc.nf} outputs). If "
-        "that is its classifier, its class scores would be taken for features: pass the network without it, with nn.Identity() in its place, or its "
-        "body alone (of a vision_learner learn.model[0]); else all is well")
+    last = [nm for nm,o in linear.items() if o is out]
+    if last: warnings.warn(
+        f"{enc.arch} ends in a linear layer ({last[0] or 'itself'}, {enc.nf} outputs). If that is its classifier, its class scores "
+        "would be taken for features: pass the network with nn.Identity() in its place, or its body alone (of a vision_learner "
+        "learn.model[0]); else all is well")
 
 
 # %% ../nbs/04_models.ipynb #019cf606

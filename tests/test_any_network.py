@@ -1,5 +1,6 @@
-"Networks however they are given: function, partial, module, timm name; with channels last, a classifier, branches, second outputs."
-import copy, subprocess, sys, warnings
+"Networks however they are given: with channels last, a classifier, branches, second outputs; odd data."
+import subprocess, sys, warnings
+from copy import deepcopy
 from functools import partial
 
 import numpy as np, pytest, timm, torch, torchvision.models as tv
@@ -10,15 +11,15 @@ from torch import nn, Tensor
 from ressl_fastai.callback import get_normalize
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.evaluate import embed, fit_logistic
-from ressl_fastai.health import HealthMonitor, effective_rank
-from ressl_fastai.interpret import find_duplicates, find_outliers, plot_embeddings, suggest_labels
 from ressl_fastai.label_efficiency import _fresh, label_efficiency
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import Encoder, create_encoder, small_resnet
 
 net,small = partial(small_resnet, widen=0.125),dict(queue_size=8, n_hidden=16, dim=8, metrics=[])
-swin = partial(timm.models.swin_transformer.SwinTransformer, img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(1,1), num_heads=(2,2))
-tiny_vit = partial(tv.VisionTransformer, image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64)
+swin = partial(timm.models.swin_transformer.SwinTransformer, img_size=32, patch_size=2, window_size=4, embed_dim=16,
+               depths=(1,1), num_heads=(2,2))
+tiny_vit = partial(tv.VisionTransformer, image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=32,
+                   mlp_dim=64)
 timm_resnet = partial(timm.create_model, 'resnet18')
 
 def close(a, b): return a.shape==b.shape and bool((a-b).abs().max()<=1e-4*b.abs().max())
@@ -41,54 +42,63 @@ def test_maps_with_channels_last_are_averaged_over_positions(size):
     assert enc.nf==8 and close(features(enc, x), want)
     first = create_encoder(body.conv, size=size)  # channels first stay so
     assert first.nf==8 and close(features(first, x), want)
-    assert create_encoder(enc[0], size=size).nf==8 and close(features(create_encoder(enc[0], size=size), x), want)  # once is enough
+    again = create_encoder(enc[0], size=size)
+    assert again.nf==8 and close(features(again, x), want)  # they come to the front once
 
 def test_swin_as_partial_and_as_module():
     whole,x = swin(num_classes=5),torch.randn(2, 3, 32, 32)
-    bare = copy.deepcopy(whole)
+    bare = deepcopy(whole)
     bare.reset_classifier(0)
     want = features(bare, x)
     assert want.shape==(2,whole.num_features)
-    unpooled = copy.deepcopy(whole)
+    unpooled = deepcopy(whole)
     unpooled.reset_classifier(0, global_pool='')
-    for m in (lambda: copy.deepcopy(whole), copy.deepcopy(whole), bare, unpooled): assert close(features(create_encoder(m, size=32), x), want)
+    for m in (lambda: deepcopy(whole), deepcopy(whole), bare, unpooled):
+        assert close(features(create_encoder(m, size=32), x), want)
 
 def test_a_cut_that_computes_something_else_is_not_taken():
     make = partial(timm.models.nest.Nest, img_size=32, embed_dims=(8,16,24), num_heads=(1,1,1), depths=(1,1,1))
     whole,x = make(),torch.randn(2, 3, 32, 32)
-    enc = create_encoder(lambda: copy.deepcopy(whole), size=32)
-    bare = copy.deepcopy(whole)
+    enc = create_encoder(lambda: deepcopy(whole), size=32)
+    bare = deepcopy(whole)
     bare.reset_classifier(0)
     assert close(features(enc, x), features(bare, x)) and enc.nf==24
 
 # a classifier left on
 
-wholes = dict(resnet=(tv.resnet18,'fc'), xresnet=(lambda: XResNet(ResBlock, 1, [1,1], n_out=7),None), squeezenet=(tv.squeezenet1_1,'classifier'), vit=(tiny_vit,'heads'),
-    densenet=(partial(tv.DenseNet, 4, (1,1)),'classifier'), mobilenet=(tv.mobilenet_v3_small,'classifier'), timm=(partial(timm_resnet, num_classes=10),'fc'),
-    timm_vit=(partial(timm.create_model, 'test_vit', img_size=32),'head'), timm_convnext=(partial(timm.create_model, 'test_convnext'),'head'))
-widths = dict(resnet=512, xresnet=128, squeezenet=512, vit=32, densenet=38, mobilenet=576, timm=512, timm_vit=64, timm_convnext=64)
+def xresnet(): return XResNet(ResBlock, 1, [1,1], n_out=7)
+
+wholes = dict(resnet=(tv.resnet18,512), xresnet=(xresnet,128), squeezenet=(tv.squeezenet1_1,512), vit=(tiny_vit,32),
+    densenet=(partial(tv.DenseNet, 4, (1,1)),38), mobilenet=(tv.mobilenet_v3_small,576), timm=(timm_resnet,512),
+    timm_vit=(partial(timm.create_model, 'test_vit', img_size=32),64),
+    timm_convnext=(partial(timm.create_model, 'test_convnext'),64))
 
 @pytest.mark.parametrize('nm', wholes)
 def test_a_module_with_its_classifier_is_taken_without(nm):
-    make,classifier = wholes[nm]
+    make,nf = wholes[nm]
     module = make()
     weights = {k:v.clone() for k,v in module.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         enc = create_encoder(module, size=32)
-    assert enc.nf==widths[nm]==create_encoder(make, size=32, stem='standard').nf
-    assert [o.shape for o in enc[0].state_dict().values()]==[o.shape for o in create_encoder(make, size=32, stem='standard')[0].state_dict().values()] or nm=='xresnet'
-    after = module.state_dict()
-    assert list(after)==list(weights) and all(torch.equal(after[k], v) for k,v in weights.items())  # the user's own stays whole
-    if classifier and 'timm' not in nm and nm not in ('mobilenet','squeezenet'):
-        setattr(module, classifier, nn.Identity())
-        if nm=='resnet': assert create_encoder(module, size=32)[0] is module  # and one without a classifier is trained in place
+    by_function,after = create_encoder(make, size=32, stem='standard'),module.state_dict()
+    assert enc.nf==by_function.nf==nf
+    assert [o.shape for o in enc.state_dict().values()]==[o.shape for o in by_function.state_dict().values()]
+    assert list(after)==list(weights) and all(torch.equal(after[k], v) for k,v in weights.items())  # stays whole
+
+def test_a_module_without_classifier_is_trained_in_place():
+    module = tv.resnet18()
+    module.fc = nn.Identity()
+    assert create_encoder(module, size=32)[0] is module
 
 def test_a_module_of_ones_own_that_ends_in_a_linear_layer_is_named():
-    with pytest.warns(UserWarning, match=r'ends in a linear layer \(0.fc, 1000 outputs\).*nn.Identity'): assert create_encoder(nn.Sequential(tv.resnet18())).nf==1000
+    for own in (nn.Sequential(tv.resnet18()), lambda: nn.Sequential(tv.resnet18())):
+        with pytest.warns(UserWarning, match=r'ends in a linear layer \(0.fc, 1000 outputs\).*nn.Identity'):
+            assert create_encoder(own).nf==1000
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 8))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for o in (nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 8), nn.ReLU()), Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 8)), 'own'), Maps()): create_encoder(o)
+        for o in (nn.Sequential(linear, nn.ReLU()), Encoder(linear, 'own'), Maps()): create_encoder(o)
 
 # stems, second outputs, fixed sizes
 
@@ -99,41 +109,46 @@ def test_auto_stem_falls_back_where_the_changed_network_would_not_run():
         with pytest.raises(ValueError, match="try stem='standard'"): create_encoder(nm, size=32, stem='small')
     assert create_encoder(net, size=32).stem=='small'
 
-@pytest.mark.parametrize('make,size,nf', [(partial(tv.GoogLeNet, init_weights=False), 64, 1024), (partial(tv.Inception3, init_weights=False), 80, 2048)], ids=['googlenet','inception'])
+@pytest.mark.parametrize('make,size,nf', [(tv.GoogLeNet, 64, 1024), (tv.Inception3, 80, 2048)])
 def test_second_classifiers_and_the_change_of_normalisation_inside(make, size, nf):
-    whole = make(transform_input=True)
-    plain,x = copy.deepcopy(whole),torch.rand(2, 3, size, size)
+    whole = make(transform_input=True, init_weights=False)
+    plain,x = deepcopy(whole),torch.rand(2, 3, size, size)
     plain.fc = nn.Identity()
     want = features(plain, x)
     plain.transform_input = False
     assert not close(features(plain, x), want)  # control
-    for o in (lambda: copy.deepcopy(whole), whole):
+    for o in (lambda: deepcopy(whole), whole):
         enc = create_encoder(o, size=size, stem='standard')
         assert enc.nf==nf and close(features(enc, x), want)
         out = enc.train()(x)
         assert out.shape==(2,nf) and not any('aux' in k.lower() for k,_ in enc.named_parameters())
 
 def test_blocks_in_a_list():
-    vit = partial(tv.MaxVit, input_size=(28,28), stem_channels=8, partition_size=7, block_channels=[8], block_layers=[1], head_dim=4, stochastic_depth_prob=0.)
-    whole,x = vit(),torch.randn(2, 3, 28, 28)
-    enc = create_encoder(lambda: copy.deepcopy(whole), size=28)
-    bare = copy.deepcopy(whole)
+    whole = tv.MaxVit(input_size=(28,28), stem_channels=8, partition_size=7, block_channels=[8], block_layers=[1],
+                      head_dim=4, stochastic_depth_prob=0.)
+    x = torch.randn(2, 3, 28, 28)
+    enc = create_encoder(lambda: deepcopy(whole), size=28)
+    bare = deepcopy(whole)
     bare.classifier = nn.Identity()
     assert enc.nf==8 and close(features(enc, x), features(bare, x).mean((2,3)))
 
 @pytest.mark.parametrize('as_module', [False, True])
-def test_pretrained_weights_of_timm_as_partial_bring_their_statistics(as_module, monkeypatch):
-    def make(pretrained=False): return timm.create_model('test_vit', img_size=32)  # mean and deviation 0.5, not ImageNet's
+def test_pretrained_weights_of_timm_bring_their_statistics_however_given(as_module):
+    "Mean 0.5, not ImageNet's"
+    def vit(pretrained=False): return timm.create_model('test_vit', img_size=32)
     def cnn(pretrained=False): return timm.create_model('resnet18', pretrained_cfg_overlay=dict(mean=(0.5,0.5,0.5)))
-    for fn in (make, cnn):
-        dls = tensor_dls(np.random.default_rng(0).integers(0, 255, (16,32,32,3), dtype=np.uint8), bs=4)
+    for fn in (vit, cnn):
+        dls = image_dls(size=32)
         ressl_learner(dls, fn() if as_module else fn, pretrained=True, **small)
         assert get_normalize(dls).mean.flatten().tolist()==[0.5]*3
 
 # weights for the baselines
 
 class Own(nn.Module):
-    def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3,8,3,stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def __init__(self):
+        super().__init__()
+        layers = nn.Conv2d(3, 8, 3, stride=2),nn.BatchNorm2d(8),nn.ReLU(),nn.AdaptiveAvgPool2d(1),nn.Flatten()
+        self.net = nn.Sequential(*layers)
     def forward(self, x): return self.net(x)
 
 def image_dls(labels=True, n=40, size=16, images=None, bs=8, **kwargs):
@@ -162,10 +177,12 @@ def test_what_cannot_be_drawn_anew_is_said_before_anything_is_trained(monkeypatc
     token = Token()
     learn = fit(ressl_learner(image_dls(), token, **small))
     monkeypatch.setattr('ressl_fastai.label_efficiency._predictor', lambda *args: pytest.fail('trained'))
-    for arch,why in ((token,'Token cannot be drawn anew'), (None,'arch must make the network'), (net,'arch must make the network')):
+    wrong = 'arch must make the network'
+    for arch,why in ((token,'Token cannot be drawn anew'), (None,wrong), (net,wrong)):
         with pytest.raises(ValueError, match=why): label_efficiency(learn, image_dls(), (1,), seeds=1, arch=arch)
     x = torch.rand(2, 3, 16, 16)
-    assert not close(features(learn.model.encoder, x), features(_fresh(learn, Token, 0).model.encoder, x))  # the function that makes it will do
+    fresh = _fresh(learn, Token, 0)  # the function that makes it will do
+    assert not close(features(learn.model.encoder, x), features(fresh.model.encoder, x))
     fixed = fit(ressl_learner(image_dls(size=32), tiny_vit, **small))
     _fresh(fixed, tiny_vit, 0)  # a network of a fixed size is made for it
 
@@ -198,7 +215,9 @@ def test_arrays_of_any_float_are_computed_in_float32(dtype):
 def test_float64_images_of_ones_own_are_named():
     from fastai.vision.all import DataBlock, RandomSplitter, TransformBlock
     block = DataBlock(TransformBlock, get_x=lambda i: np.random.rand(3, 16, 16), splitter=RandomSplitter(seed=0))
-    with pytest.raises(ValueError, match='images must be float32, .* dls gives torch.float64'): ressl_learner(block.dataloaders(range(16), bs=4, num_workers=0), net, **small)
+    dls = block.dataloaders(range(16), bs=4, num_workers=0)
+    with pytest.raises(ValueError, match='images must be float32, .* dls gives torch.float64'):
+        ressl_learner(dls, net, **small)
 
 def test_a_fifth_that_cannot_hold_every_class(monkeypatch):
     from ressl_fastai import evaluate
