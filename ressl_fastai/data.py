@@ -129,10 +129,12 @@ def _as_images(x):
         raise ValueError(f"x must be uint8 or floats in [0, 1], got {x.dtype} from {x.min().item():.3g} to {x.max().item():.3g}")
     return x
 
-class _Rows:
+class _Rows(Transform):
     "Looks rows up; a copy of it shares them, a worker that is spawned gets them, a file (as of `learn.export`) does not"
-    def __init__(self, rows): self.rows = rows
-    def __call__(self, i:int): return self.rows[i]
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+    def encodes(self, i): return self.rows[i]
     def __deepcopy__(self, memo): return self
     def __reduce__(self): return _Rows,(self.rows[:0] if get_spawning_popen() is None else self.rows,)
 

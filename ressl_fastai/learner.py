@@ -51,7 +51,7 @@ from . import __version__, views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_images, get_normalize
 from .evaluate import KNNAccuracy
-from .files import check_writable, read_torch, write_torch
+from .files import check_writable, make_folder, read_torch, write_torch
 from .images import OpenImage, check_channels, look_at_files, set_opener
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
@@ -172,7 +172,10 @@ class ReSSLLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         _check_trackers(self, L(self.cbs)+L(cbs))
         for cb in L(self.cbs)+L(cbs):
-            if isinstance(cb, SaveModelCallback): check_writable((self.path/self.model_dir/cb.fname).parent)
+            if not isinstance(cb, SaveModelCallback): continue
+            folder = (self.path/self.model_dir/cb.fname).parent
+            check_writable(folder)
+            make_folder(folder)  # fastai makes no folders in names
         super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     @delegates(Learner.lr_find)
