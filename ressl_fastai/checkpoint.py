@@ -339,7 +339,8 @@ def _continue_data(dls, old, new):
 # %% ../nbs/07a_checkpoint.ipynb #c7a00018
 def _others(learn):
     "What has a memory beside model and optimizer, by name"
-    objs = [*(cb for cb in learn.cbs if not isinstance(cb, Checkpoint)), learn.recorder.smooth_loss, *learn.metrics]
+    # what `DevicePrecision` knows is about this machine
+    objs = [*(cb for cb in learn.cbs if not isinstance(cb, (Checkpoint,DevicePrecision))), learn.recorder.smooth_loss, *learn.metrics]
     names = [o.name for o in objs]
     return {f'{nm} {names[:i].count(nm)}':o for i,(nm,o) in enumerate(zip(names, objs))}
 

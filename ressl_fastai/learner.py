@@ -56,7 +56,7 @@ from .images import OpenImage, check_channels, look_at_files, set_opener
 from .health import Guard
 from .models import Embedder, Encoder, ReSSLModel, body_stem, create_encoder, set_stem
 from .optimizer import FusedAdam
-from .precision import DevicePrecision, choose_precision
+from .precision import DevicePrecision, choose_precision, why_precision
 from .views import clean_dl
 
 # %% ../nbs/07_learner.ipynb #2b3c6944
@@ -196,7 +196,7 @@ class ReSSLLearner(Learner):
 
     def to_fp32(self):
         "Training in float32"
-        if 'precision' in self.__dict__: self.precision.dtype = None
+        if 'precision' in self.__dict__: self.precision.dtype,self.precision.why = None,''
         return super().to_fp32()
 
     def to_contiguous(self, to_fp32=False):
@@ -366,7 +366,13 @@ def ressl_learner(
     if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
         f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
     if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    cbs = L(ressl, DevicePrecision(*choose_precision(precision, channels_last, dls.device or 'cpu', model.encoder, dls.train.bs*size[0]*size[1])))+L(Guard() if guard else None)+L(cbs)
+    device = torch.device(dls.device or 'cpu')
+    half = DevicePrecision(*choose_precision(precision, channels_last, device, model.encoder, dls.train.bs*size[0]*size[1]))
+    half.auto,half.why = precision=='auto',why_precision(precision, half.dtype, device)
+    if device.type=='cpu':  # views of another kind are tried when the first batch comes
+        half.shapes = {(n_in,*o.size) for o in (weak_tfms,*listify(strong_tfms)) if isinstance(o, views.RandomView)}
+        half.try_shapes(model, half.shapes, half.dtype)
+    cbs = L(ressl, half)+L(Guard() if guard else None)+L(cbs)
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
     if get_normalize(dls) is None: _add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     look_at_files(dls)
