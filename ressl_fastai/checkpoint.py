@@ -461,6 +461,15 @@ def _csvs(learn):
     "Loggers whose file is open"
     return [cb for cb in learn.cbs if isinstance(cb, CSVLogger) and hasattr(cb, 'file') and not cb.file.closed]
 
+def _drop_lone_headers(learn):
+    "A process that was killed before its first checkpoint has left a header without rows: it is the one of this fit now"
+    for cb in _csvs(learn):
+        header = (','.join(cb.recorder.metric_names)+'\n').encode()
+        cb.file.flush()
+        if not (cb.append and (cb.path/cb.fname).read_bytes().endswith(2*header)): continue
+        cb.file.seek(cb.file.tell()-len(header))
+        cb.file.truncate()
+
 def _csv_starts(learn): return [cb.file.tell() if cb.append else None for cb in _csvs(learn)]
 
 def _continue_csvs(learn, starts):
@@ -529,8 +538,9 @@ class Checkpoint(Callback):
         self.where = (self.learn.path/self.learn.model_dir/folder).absolute()
         if lock := _locks.pop(self.where, None): lock.close()
         _locks[self.where] = hold(self.where)
-        self.settings,self.kept_data,self.csv = _settings(self.learn),_data(self.learn),_csv_starts(self.learn)
         file,state = last_checkpoint(self.where)
+        if not state: _drop_lone_headers(self.learn)
+        self.settings,self.kept_data,self.csv = _settings(self.learn),_data(self.learn),_csv_starts(self.learn)
         if state: self._continue(file, state)
 
     def _continue(self, file, state):

@@ -115,21 +115,29 @@ _words = dict(
     uniform="the teacher relates every image to all {K} images of the queue alike (the loss is {loss:.2f}, ln K is {ln_k:.2f}): its target says nothing. Try a lower teacher_temp, "
         "InfoNCEWarmup, or a lower learning rate.",
     stale="no embedding has joined the queue for {n} steps, so teacher and queue stand still. Usually the optimizer's steps are skipped, by an overflow of fp16 at each step: "
-        "try to_bf16 or to_fp32, or a lower learning rate.")
+        "try to_bf16 or to_fp32, or a lower learning rate.",
+    fast="the weights are {growth:.3g} times as large as {since} steps before: the learning rate of {lr:.3g} is too high, and the encoder gets worse than a random one. Try a tenth of it, "
+        "or what learn.lr_find() suggests, from the start or from an earlier checkpoint.")
 
 # %% ../nbs/05b_health.ipynb #h26guard
 def _get(o): return o.get() if isinstance(o, _OnItsWay) else o
+
+@torch.no_grad()
+def _size_of_weights(net):
+    "Root mean square of what is trained, without biases and batch norms"
+    ws = [p for p in net.parameters() if p.requires_grad and p.ndim>1]
+    return math.sqrt(sum(w.float().square().sum().item() for w in ws)/max(1, sum(w.numel() for w in ws)))
 
 @torch.no_grad()
 def _copy(to, of):
     if to: torch._foreach_copy_(to, of)
 
 class Guard(Callback):
-    "Stops a training that has gone wrong and says what happened and what to try: NaN, collapse, a dead or stale queue"
+    "Stops a training that has gone wrong and says what happened and what to try: NaN, collapse, weights that explode, a dead or stale queue"
     order,run_valid,remove_on_fetch = GradientAccumulation.order-1,False,True  # sees the loss of every part of a batch
     def __init__(self,
         action:str='stop', # 'stop' ends the fit and leaves the learner usable; 'warn' says each thing once and goes on
-        every:int=50, # Optimizer steps between two looks at the embeddings, at least 1; for collapse it also looks after 10, 20 and 40
+        every:int=50, # Optimizer steps between two looks at the embeddings, at least 1; for collapse and a learning rate that is too high also after 10, 20 and 40
         patience:int=3 # Looks in a row that must find the same before it is said, at least 1
     ):
         if action not in ('stop','warn'): raise ValueError(f"action must be 'stop' or 'warn', got {action!r}")
@@ -142,13 +150,14 @@ class Guard(Callback):
         "Nothing seen yet; `lr_find` diverges on purpose"
         self.active = hasattr(self.learn, 'ressl') and not hasattr(self.learn, 'lr_finder')
         self.n_steps,self.newest,self.due,self.found,self.said = 0,None,False,{},set()
-        self.statistics,self.whole = [],None
+        self.statistics,self.whole,self.sizes = [],None,{}
 
     def before_batch(self):
         "Keeps the statistics of batch norms, once what fills the queue or loads a checkpoint has changed them"
         if not self.active or self.statistics: return
         self.statistics = [b for nm,b in get_model(self.learn.model).named_buffers() if not nm.startswith('queue.')]
         self.good,self.latest = ([b.clone() for b in self.statistics] for _ in range(2))
+        if not self.sizes: self.sizes = {0: _size_of_weights(get_model(self.learn.model))}
 
     def after_loss(self):
         "Asks whether the loss is finite without waiting for the device"
@@ -164,6 +173,8 @@ class Guard(Callback):
             why = _why_nan(self.learn, net, self.learn.ressl.z_teacher)
             return self._undo(f"the loss is {self.learn.loss.item()}. {why} This step was not taken.")
         self._judge()
+        if not all(math.isfinite(h['lr']) for h in self.learn.opt.hypers):
+            return self._undo(f"the learning rate is {self.learn.opt.hypers[-1]['lr']}: it must be a finite number. This step was not taken.")
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         floats = [b for b in self.statistics if b.is_floating_point()]
         mixed = getattr(self.learn, 'mixed_precision', None)
@@ -202,9 +213,9 @@ class Guard(Callback):
         self.due = False
         signs,facts = self._look()
         for nm,sign in signs.items():
-            if self.early and nm!='collapse': continue  # the others are no sign in a training that has only begun
+            if self.early and nm not in ('collapse','fast'): continue  # the others are no sign in a training that has only begun
             self.found[nm] = self.found.get(nm, 0)+1 if sign else 0
-            if self.found[nm]>=self.patience: return self._say(nm, _words[nm].format(**facts))
+            if self.found[nm]>=(min(2, self.patience) if nm=='fast' else self.patience): return self._say(nm, _words[nm].format(**facts))
 
     def _say(self, nm, text):
         if nm in self.said: return
@@ -231,7 +242,13 @@ def _look(self:Guard):
     signs = dict(collapse=rank<1.1 or (rank<min(3, 1+min(zt.shape)/16) and std<0.2), equal=feature_std(queue)<1e-3, uniform=plain and used>0.998,
                  stale=self.newest is not None and torch.equal(newest, self.newest))
     if not self.early: self.newest = newest
-    return signs,dict(std=std, rank=rank, most=min(zt.shape), loss=self.learn.loss.item(), ln_k=math.log(K), K=K, n=self.every*self.patience)
+    # healthy trainings grow by less than a third in their first 100 steps, those with ten times the right learning rate to twice, with 30 times to five times
+    self.sizes = {n:o for n,o in self.sizes.items() if n>=self.n_steps-100} | {self.n_steps: _size_of_weights(get_model(self.learn.model))}
+    then,now = first(self.sizes),self.sizes[self.n_steps]
+    growth = now/max(self.sizes[then], 1e-12)
+    signs['fast'] = growth>3
+    return signs,dict(std=std, rank=rank, most=min(zt.shape), loss=self.learn.loss.item(), ln_k=math.log(K), K=K, n=self.every*self.patience,
+                       growth=growth, since=self.n_steps-then, lr=self.learn.opt.hypers[-1]['lr'])
 
 # %% ../nbs/05b_health.ipynb #h29mon
 class HealthMonitor(Callback):

@@ -74,7 +74,7 @@ def kill_in_terminals(most, seed=0):
             assert how==-signal.SIGKILL, shown
             kills += 1
             moments += [o.name for o in sorted((tmp/folder/'state').glob('*.pth'))[-1:]]
-        assert differences(whole, torch.load(tmp/f'{folder}.pt', weights_only=False))==[], folder
+        assert (d := differences(whole, torch.load(tmp/f'{folder}.pt', weights_only=False)))==[], (folder, d)
         (tmp/f'{folder}.pt').unlink()
         runs += 1
     assert len(set(moments))>most//3, moments

@@ -171,10 +171,9 @@ def test_d3_a_dead_or_stale_queue_is_said():
     assert 'no embedding has joined the queue for 6 steps' in learn.guard.alarms[0]
     assert fit(learn).guard.alarms[1:]==[]                     # without what broke it, the same learner trains on
 
-@pytest.mark.parametrize('kw,lr', [(dict(teacher_momentum=0.), 1e-2), (dict(), 30.)], ids=['no teacher','wild'])
-def test_collapse_is_said(kw, lr):
-    "Without batch norm: a teacher that is the student itself, or a learning rate much too high"
-    learn = fit(make(projector_bn=False, **kw), 1, lr)
+def test_collapse_is_said():
+    "Without batch norm: a teacher that is the student itself"
+    learn = fit(make(projector_bn=False, teacher_momentum=0.), 1, 1e-2)
     assert 'all images get almost the same embedding' in learn.guard.alarms[0]
 
 def test_a_warning_is_said_once_and_training_goes_on(capsys):

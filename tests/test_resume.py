@@ -375,3 +375,19 @@ def test_the_memory_of_a_callback_is_exact_and_what_cannot_be_kept_is_said(tmp_p
     assert got.count==12 and got.given=='y' and same(got.all, whole.all) and got.drawn==whole.drawn and len(got.all)==len([k for k in kinds][:48])
     with pytest.raises(ValueError, match='no Enum'): _decode({'_kind':'enum', 'v':('os','system','A')})
     with pytest.raises(ValueError, match='no tuple'): _decode({'_kind':'fields', 'v':('os','system',(1,))})
+
+def test_a_csv_has_one_header_after_a_kill_before_the_first_checkpoint(tmp_path):
+    "The process is gone between the header and the first checkpoint; rows of an earlier fit, and its header, stay"
+    class Killed(Callback):
+        order = float('inf')
+        def before_fit(self): raise SystemExit
+    def rows(): return (tmp_path/'h.csv').read_text().splitlines()
+    log = lambda: CSVLogger('h.csv', append=True)
+    for n_before in (0,1):
+        if n_before: fit(make(0, path=tmp_path), n=1, cbs=log())
+        kept = rows() if n_before else []
+        with pytest.raises(SystemExit): fit(make(0, path=tmp_path), n=2, cbs=[log(), Checkpoint(f'run{n_before}'), Killed()])
+        shutil.rmtree(tmp_path/'models'/f'run{n_before}', ignore_errors=True)
+        fit(make(0, path=tmp_path), n=2, cbs=[log(), Checkpoint(f'run{n_before}')])
+        new = rows()[len(kept):]
+        assert rows()[:len(kept)]==kept and [o.split(',')[0] for o in new]==['epoch','0','1']
