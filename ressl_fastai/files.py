@@ -143,7 +143,10 @@ def write_torch(
 ) -> Path: # `file`
     "Write what `torch.load(weights_only=True)` reads, with a checksum over all of it"
     with writing(file) as f:
-        torch.save(state, f)
+        try: torch.save(state, f)
+        except RuntimeError as e:  # what PyTorch's writer says of a file that Ctrl-C has cut off
+            if isinstance(e.__context__, KeyboardInterrupt): raise KeyboardInterrupt from e
+            raise
         f.seek(-2, os.SEEK_END)  # where a zip file has the length of its comment
         f.write((len(_seal)+32).to_bytes(2, 'little')+_seal)
         f.write(_sha256(f, f.tell()))

@@ -44,6 +44,21 @@ def test_a_failed_write_changes_nothing(tmp_path, monkeypatch, step, error):
     if isinstance(error, int): assert str(file) in str(e.value) and os.strerror(error) in str(e.value) and 'as it was' in str(e.value)
     assert file.read_text()=='old' and os.listdir(tmp_path)==['f.txt']
 
+@pytest.mark.parametrize('nth', [1, 2, 5, 9])
+def test_ctrl_c_in_the_middle_of_a_save_is_ctrl_c(tmp_path, monkeypatch, nth):
+    "PyTorch's writer makes a RuntimeError of it"
+    file,calls = write_torch(tmp_path/'f.pth', {'a':torch.zeros(9)}),iter(range(nth-1))
+    class Interrupted:
+        def __init__(self, f): self.f = f
+        def __getattr__(self, nm): return getattr(self.f, nm)
+        def write(self, b):
+            if next(calls, None) is None: raise KeyboardInterrupt
+            return self.f.write(b)
+    save = torch.save
+    monkeypatch.setattr(torch, 'save', lambda o, f: save(o, Interrupted(f)))
+    with pytest.raises(KeyboardInterrupt): write_torch(file, {'a':torch.ones(99), 'b':torch.ones(99)})
+    assert read_torch(file)['a'].sum()==0 and os.listdir(tmp_path)==['f.pth']
+
 def test_an_error_that_is_not_of_the_disk_stays_what_it_is(tmp_path):
     "Such as that of an image that is decoded while the file is written"
     with pytest.raises(OSError, match='^image file is truncated$'):
