@@ -14,7 +14,8 @@
 - `ressl_fastai.images`: One opener for all images: as viewers show them, with the file named in every error, and no bit cut off in silence.
 - `ressl_fastai.interpret`: See what the encoder has learned, and use it: relations, neighbours, maps, duplicates, outliers, and which images to label first.
 - `ressl_fastai.label_efficiency`: How many labels does pretraining save? Accuracy by number of labelled images, with the baselines it must beat.
-- `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone, and hands the encoder over.
+- `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone.
+- `ressl_fastai.loaders`: What the package knows of a fastai `DataLoaders`: its images without augmentation, its normalisation, parts of it.
 - `ressl_fastai.losses`: The relational loss of ReSSL: the student reproduces how the teacher relates an image to a queue of other images.
 - `ressl_fastai.models`: An encoder from any architecture, a projector, an optional predictor, the teacher and the queue in one module.
 - `ressl_fastai.optimizer`: `FusedAdam`: fastai's `Adam`, whose step on a GPU is one kernel for many parameters instead of ten for each.
@@ -22,7 +23,7 @@
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 - `ressl_fastai.teacher`: The teacher: an exponential moving average of the student that no gradient reaches.
-- `ressl_fastai.transfer`: `learn.to_classifier(labelled_dls)`: a classifier from a few labelled images in seconds, as good as the encoder is.
+- `ressl_fastai.transfer`: The encoder is learnt: keep it in a file, make a classifier of it in one line, or put it into any fastai learner.
 - `ressl_fastai.views`: Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
 - `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code and of solo-learn."""
 

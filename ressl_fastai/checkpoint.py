@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import date, datetime, timedelta
 from functools import partial
 from inspect import signature
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import CellType, FunctionType, MethodType
 
 import numpy as np
@@ -42,7 +42,8 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from . import __version__
-from .callback import ReSSL, get_normalize
+from .callback import ReSSL
+from .loaders import get_normalize
 from .files import hold, read_torch, write_torch
 from .fingerprint import assigned_later, data_fingerprint, digest, is_library, item_fingerprints
 from .models import ReSSLModel

@@ -29,9 +29,9 @@ from .cli import _check_numbers, _command, _dls, _folder, _in_one_sentence, _wis
 from .evaluate import embed, knn_accuracy, linear_accuracy
 from .files import check_writable, write_text, writing
 from .label_efficiency import _components, label_efficiency, pixel_features, plot_labels, summarize_labels
-from .learner import _read_encoder, first_images, load_encoder
+from .loaders import clean_dl, first_images
+from .transfer import read_encoder, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
-from .views import clean_dl
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0007
 def _size_in(config):
@@ -47,7 +47,7 @@ def encoder_file(
     if not str(path).strip(): raise ValueError("ENCODER must be an encoder file or the folder of a run, it is an empty text")
     path = Path(path).expanduser()
     file = path/'encoder.pth' if path.is_dir() else path
-    return file,_read_encoder(file),_size_in(file.with_name('config.json'))
+    return file,read_encoder(file),_size_in(file.with_name('config.json'))
 
 # %% ../nbs/12a_cli_evaluate.ipynb #12ae0008
 def encoder_learner(
@@ -57,7 +57,7 @@ def encoder_learner(
     trained:bool=True # Whether to load the weights; else they are random
 ) -> Learner: # Of a `ReSSLModel`, for `embed`, `linear_probe`, `label_efficiency` and `to_vision_learner`
     "A learner with the encoder in `file`"
-    state = _read_encoder(file)
+    state = read_encoder(file)
     try:
         if state['normalize'] and not any(isinstance(f, Normalize) for f in dls.train.after_batch.fs):
             dls.add_tfms([Normalize.from_stats(*state['normalize'], cuda=False)], 'after_batch')

@@ -42,7 +42,8 @@ from . import __version__
 from .files import disk_errors, replacing, write_text
 from .fingerprint import _file_at, _lists, data_fingerprint, digest, image_parts
 from .images import channels_last
-from .views import _send, clean_dl
+from .views import _send
+from .loaders import clean_dl
 
 # %% ../nbs/10_data.ipynb #a0d10002
 def _items(dataset): return getattr(dataset, 'items', None)

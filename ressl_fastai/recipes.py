@@ -34,8 +34,9 @@ from fastcore.meta import delegates
 from torch import nn
 from torchvision.models import efficientnet_b0, mobilenet_v3_large, resnet18, resnet50
 
-from .callback import InfoNCEWarmup, get_normalize
-from .learner import _add_normalize, default_queue_size, first_images, ressl_learner
+from .callback import InfoNCEWarmup
+from .loaders import add_normalize, first_images, get_normalize
+from .learner import default_queue_size, ressl_learner
 from .models import get_arch
 from .views import multi_crop_tfms, strong_tfms, weak_tfms
 
@@ -239,7 +240,7 @@ def learner(self:Recipe,
         raise TypeError(f"{' and '.join(own)} belong to the recipe: {calls}")
     args = {**self.learner_kwargs(), **kwargs}
     _check_dls(self, dls)
-    if self.norm_stats is not None and get_normalize(dls) is None: _add_normalize(dls, self.norm_stats)
+    if self.norm_stats is not None and get_normalize(dls) is None: add_normalize(dls, self.norm_stats)
     return ressl_learner(dls, self.arch, **args)
 
 # %% ../nbs/09_recipes.ipynb #b476f410

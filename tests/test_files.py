@@ -16,7 +16,7 @@ from ressl_fastai.checkpoint import Checkpoint, _checkpoints, last_checkpoint, r
 from ressl_fastai.cli import find_images, ressl_pretrain
 from ressl_fastai.data import cached_dls, tensor_dls
 from ressl_fastai.files import check_writable, read_torch, replacing, write_text, write_torch, writing
-from ressl_fastai.learner import load_encoder
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
 
 def raising(e):
