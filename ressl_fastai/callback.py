@@ -16,6 +16,7 @@ __all__ = ['InfoNCEWarmup', 'ReSSL']
 
 # %% ../nbs/05_callback.ipynb #e6825eb6
 import gc, os
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -24,15 +25,18 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.data.transforms import Normalize
 from fastai.torch_basics import Pipeline, Transform
-from fastai.torch_core import TensorImage, get_model, num_distrib, to_device
+from fastai.torch_core import TensorImage, get_model, no_random, num_distrib, to_device
 from fastcore.basics import listify, store_attr
+from fastcore.foundation import L
 from torch import Tensor
+from torch.func import functional_call
 
 from .batch_norm import shuffled
 from .loaders import check_images, clean_dl, get_normalize
 from .losses import info_nce_loss, ressl_loss
 from .models import ReSSLModel
 from .teacher import update_teacher
+from .views import RandomView
 
 # %% ../nbs/05_callback.ipynb #8a9b8a8f
 class InfoNCEWarmup:
@@ -244,3 +248,46 @@ class ReSSL(Callback):
         "`get_preds` without losses: a plain model, plain targets"
         gather = getattr(self.learn, 'gather_preds', None)
         return gather is not None and not gather.with_loss
+
+# %% ../nbs/05_callback.ipynb #05000072
+def _size_of(tfm, x):
+    if isinstance(tfm, RandomView): return tfm.size
+    with no_random(): return tuple(tfm(x.as_subclass(Tensor)).shape[2:])
+
+def _try_view(net, x, size, n):
+    "A forward pass in training, of which no trace is left"
+    buffers = {k:v.clone() for k,v in net.named_buffers()}  # the running statistics stay as they are
+    images = x.new_zeros(n, x.shape[1], *size).as_subclass(Tensor).to(next(net.parameters()))
+    with no_random(), torch.no_grad(): functional_call(net, buffers, images)
+
+def check_views(
+    model:ReSSLModel, # The model to be trained
+    x:Tensor, # (n, channels, height, width) a few images in [0, 1]
+    bs:int, # Images in a batch
+    **tfms # weak_tfms, strong_tfms: a callable or a list of them
+):
+    "Raise a `ValueError` unless `model` can be trained with views of each size, of two images or of one"
+    net,(height,width) = model.embedder.train(),x.shape[2:]
+    for nm,fs in tfms.items():
+        for h,w in dict.fromkeys(_size_of(f, x) for f in listify(fs)):
+            try: _try_view(net, x, (h,w), min(bs, 2))
+            except Exception as e:
+                arch = model.encoder.arch
+                if bs==1: raise ValueError(f"bs must be at least 2 for {arch} with batch norm, got 1 ({e})") from e
+                raise ValueError(
+                    f"{nm} makes views of {h} x {w} pixels, which {arch} cannot be trained with ({e}): give them the "
+                    f"size of the images, {height} x {width} (in multi_crop_tfms with sides=(1,)*5), or take an "
+                    "architecture for any size (of timm's transformers "
+                    "partial(timm.create_model, name, dynamic_img_size=True, dynamic_img_pad=True))") from e
+
+def resized_views(
+    tfms, # A callable that makes views, or a list of them
+    old:tuple, # (height, width) of the images they were made for
+    new:tuple # Those of the images to come
+): # A callable, or a list of them
+    "`RandomView`s that have grown with the images; others as they are"
+    if isinstance(tfms, (list,tuple,L)): return [resized_views(o, old, new) for o in tfms]
+    if not isinstance(tfms, RandomView): return tfms
+    tfms = copy(tfms)
+    tfms.size = tuple(max(1, round(s*b/a)) for s,a,b in zip(tfms.size, old, new))
+    return tfms
