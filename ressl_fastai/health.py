@@ -1,9 +1,10 @@
 r"""Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
 
-A relational loss says little by itself: with a queue of `K` images it is near $\ln K$ at the start, its floor is the teacher's entropy, and a collapsed network shows $\ln K$
-for ever. This module holds the measures that do tell, as pure functions of tensors (`effective_neighbors`, `student_teacher_kl`, `feature_std`, `effective_rank`, `teacher_distance`),
-and two callbacks: `Guard` stops a training that has gone wrong, `HealthMonitor` puts the measures into fastai's progress table and draws them.
-No label takes part.
+A relational loss says little by itself: with a queue of `K` images it is near $\ln K$ at the start, its floor is the
+teacher's entropy, and a collapsed network shows $\ln K$ for ever. This module holds the measures that do tell, as
+pure functions of tensors (`effective_neighbors`, `student_teacher_kl`, `feature_std`, `effective_rank`,
+`teacher_distance`), and two callbacks: `Guard` stops a training that has gone wrong, `HealthMonitor` puts the
+measures into fastai's progress table and draws them. No label takes part.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/health.html.md"""
 
@@ -29,7 +30,7 @@ from fastcore.basics import first, patch, store_attr
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .callback import _OnItsWay, _value
+from .callback import OnItsWay, scheduled
 from .losses import relation, ressl_loss
 from .loaders import clean_dl
 
@@ -120,7 +121,7 @@ _words = dict(
         "or what learn.lr_find() suggests, from the start or from an earlier checkpoint.")
 
 # %% ../nbs/05b_health.ipynb #h26guard
-def _get(o): return o.get() if isinstance(o, _OnItsWay) else o
+def _get(o): return o.get() if isinstance(o, OnItsWay) else o
 
 @torch.no_grad()
 def _size_of_weights(net):
@@ -142,7 +143,8 @@ class Guard(Callback):
     ):
         if action not in ('stop','warn'): raise ValueError(f"action must be 'stop' or 'warn', got {action!r}")
         for nm,val in (('every',every), ('patience',patience)):
-            if not isinstance(val, int) or val<1: raise ValueError(f"{nm} must be a whole number of at least 1, got {val!r}")
+            if not isinstance(val, int) or val<1: raise ValueError(
+                f"{nm} must be a whole number of at least 1, got {val!r}")
         store_attr()
         self.alarms = []
 
@@ -163,7 +165,7 @@ class Guard(Callback):
         "Asks whether the loss is finite without waiting for the device"
         if not self.active: return
         finite = self.learn.loss.detach().isfinite()
-        self.finite = _OnItsWay(finite) if finite.is_cuda else finite
+        self.finite = OnItsWay(finite) if finite.is_cuda else finite
 
     def before_step(self):
         "What is not finite never reaches the weights"
@@ -183,9 +185,9 @@ class Guard(Callback):
         _copy(self.latest, self.statistics)
         if whole.is_cuda:  # a GPU says so one step later: what is not finite becomes 0 until then
             for g in [] if scaled else grads: g.masked_fill_(~whole, 0)
-            whole = _OnItsWay(whole)
+            whole = OnItsWay(whole)
         self.whole = whole
-        if not isinstance(whole, _OnItsWay): self._judge()
+        if not isinstance(whole, OnItsWay): self._judge()
 
     def _judge(self):
         "The statistics of the latest batch are good ones, if they and the gradients were finite"
@@ -234,7 +236,7 @@ def _look(self:Guard):
     ressl,queue = self.learn.ressl,get_model(self.learn.model).queue.filled
     zt,zs = (z.detach()[:256].float() for z in (ressl.z_teacher, self.learn.pred))
     if len(zt)<2: return {},{}
-    K,temp = len(queue),_value(ressl.teacher_temp, ressl.progress)
+    K,temp = len(queue),scheduled(ressl.teacher_temp, ressl.progress)
     newest = queue[(get_model(self.learn.model).queue.ptr - 1 - torch.arange(min(K, 8), device=queue.device))%K]
     std,rank = max(map(feature_std, (zt, zs))).item(),max(map(effective_rank, (zt, zs))).item()
     used = effective_neighbors(zt, queue, temp).mean().item()/K
@@ -260,7 +262,8 @@ class HealthMonitor(Callback):
         n:int=1024 # Validation images looked at, at most
     ):
         columns = L(columns) if columns else L(self.names)
-        if bad := columns.filter(lambda c: c not in self.names): raise ValueError(f"columns must be among {', '.join(self.names)}, got {', '.join(map(str, bad))}")
+        if bad := columns.filter(lambda c: c not in self.names): raise ValueError(
+            f"columns must be among {', '.join(self.names)}, got {', '.join(map(str, bad))}")
         if not isinstance(n, int) or n<2: raise ValueError(f"n must be a whole number of at least 2, got {n!r}")
         store_attr('columns,n')
         self.history = []
@@ -270,7 +273,8 @@ class HealthMonitor(Callback):
         self.active,self.new_fit,self.images = False,True,None
         self.wanted = hasattr(self.learn, 'ressl') and hasattr(self.learn, 'recorder') and not hasattr(self.learn, 'lr_finder')
         if self.wanted and self.learn.dls.valid.n==0:
-            raise ValueError("HealthMonitor measures on validation images, dls holds none out: split some off, or leave it out")
+            raise ValueError(
+                "HealthMonitor measures on validation images, dls holds none out: split some off, or leave it out")
         if self.wanted: self.recorder.metric_names = _insert(self.recorder.metric_names, self.columns, self.recorder.add_time)
 
     def before_train(self):
@@ -335,7 +339,7 @@ def _age(joined, count):
 def _measure(self:HealthMonitor) -> dict: # One number for each of `names`
     "All measures, on the validation images seen"
     net,ressl = get_model(self.learn.model),self.learn.ressl
-    queue,temp = net.queue.filled,_value(ressl.teacher_temp, ressl.progress)
+    queue,temp = net.queue.filled,scheduled(ressl.teacher_temp, ressl.progress)
     zs,zt = torch.cat(self.students)[:self.n],torch.cat(self.teachers)[:self.n]
     ents = torch.cat([entropy(relation(z, queue, temp)) for z in zt.split(64)])
     kl = ressl_loss(zs, zt, queue, ressl.student_temp, temp) - ents.mean()
