@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from functools import partial
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 import torchvision
 from fastai.layers import ResBlock
@@ -223,8 +224,14 @@ def _channels_last(maps, size):
     def sides(h, w): return h<=size[0]+2 and w<=size[1]+2 and abs(h/size[0]-w/size[1])<=2/min(size)
     return sides(*maps.shape[1:3]) and not sides(*maps.shape[2:])
 
+@torch.fx.wrap
+def _at_size(x:Tensor, size:tuple[int,int]) -> Tensor:
+    "Images of `size` as they are, others shrunk or enlarged as a whole"
+    if x.shape[2]==size[0] and x.shape[3]==size[1]: return x
+    return F.interpolate(x, size, mode='bilinear', antialias=True)
+
 class Encoder(nn.Sequential):
-    "A body and average pooling: images (bs, n_in, h, w) to features (bs, nf)"
+    "A body and average pooling: images (bs, n_in, h, w) to features (bs, nf); in evaluation they are brought to `view_size`"
     __jit_unused_properties__ = ['stem']
     def __init__(self,
         body:nn.Module, # Returns features (bs, nf) or maps (bs, nf, h, w); maps (bs, h, w, nf) get their channels in front
@@ -234,6 +241,7 @@ class Encoder(nn.Sequential):
     ):
         super().__init__(body, _Pool())
         self.arch,self.n_in,size = arch,n_in,_sides(size)
+        self.view_size = None  # (height, width) of the views, where they are cut from larger images
         out = self._try(size)
         if isinstance(out, Tensor) and out.ndim==4 and _channels_last(out, size):
             self[0] = nn.Sequential(body, Permute([0,3,1,2]))
@@ -243,6 +251,11 @@ class Encoder(nn.Sequential):
         if not isinstance(out, Tensor) or out.ndim not in (2,4):
             raise ValueError(f"{arch} must return features (bs, nf) or maps (bs, nf, h, w), it returned {got}")
         self.nf = out.shape[1]
+
+    def forward(self, x):
+        if self.view_size is not None and not self.training: x = _at_size(x, self.view_size)
+        for layer in self: x = layer(x)
+        return x
 
     def _try(self, size):
         "What the body makes of images of `size`"
@@ -257,7 +270,6 @@ class Encoder(nn.Sequential):
     def stem(self): return body_stem(self[0])
 
     def extra_repr(self): return f"arch={self.arch}, n_in={self.n_in}, stem={self.stem}, nf={self.nf}"
-
 
 # %% ../nbs/04_models.ipynb #b0ecccea
 def create_encoder(
@@ -367,6 +379,13 @@ class ReSSLModel(Embedder):
 
     def forward(self, *xs):
         with self.autocast(xs[0]): return torch.cat([Embedder.forward(self, x) for x in xs])
+
+    @property
+    def view_size(self):
+        "(height, width) that images are brought to in evaluation, None for as they are"
+        return self.encoder.view_size
+    @view_size.setter
+    def view_size(self, size): self.encoder.view_size = self.teacher[0].view_size = size
 
     @property
     def student(self): return nn.Sequential(self.encoder, self.projector, self.norm)
