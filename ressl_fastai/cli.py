@@ -50,7 +50,7 @@ from .images import PILImage16, look_at_files, readable_images, set_opener
 from .label_efficiency import pixel_features
 from .learner import ressl_learner
 from .models import get_arch
-from .recipes import _misfits, recipe as make_recipe
+from .recipes import recipe as make_recipe, recipe_misfits as _misfits
 from .report import versions
 from .views import strong_tfms, weak_tfms
 

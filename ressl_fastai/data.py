@@ -42,7 +42,7 @@ from . import __version__
 from .files import disk_errors, replacing, write_text
 from .fingerprint import _file_at, _lists, data_fingerprint, digest, image_parts
 from .images import channels_last
-from .views import _send
+from .views import send
 from .loaders import clean_dl
 
 # %% ../nbs/10_data.ipynb #a0d10002
@@ -90,7 +90,7 @@ class TensorDL(TfmdDL):
         kept = self.images.device
         device = kept if kept.type!='cpu' else self.device or kept
         if device.type=='cpu' or get_worker_info() is not None: return self.images[rows],*targets
-        there,*targets = _send([rows, *targets], device)
+        there,*targets = send([rows, *targets], device)
         return self.images[there] if kept.type!='cpu' else _fetch(self.images, rows, device),*targets
 
     def __repr__(self):

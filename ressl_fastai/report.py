@@ -44,7 +44,7 @@ from .interpret import (_classes, _embeddings, _name, _pictures, _plain, _spread
                                     suggest_labels)
 from .label_efficiency import _components, _linear, draw_labels, pixel_features, plot_labels
 from .models import ReSSLModel, get_arch
-from .recipes import _show
+from .recipes import shown as _show
 from .views import RandomView
 
 # %% ../nbs/11b_report.ipynb #rp09tmpl
