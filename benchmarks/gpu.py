@@ -486,7 +486,8 @@ def run_tour(say):
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     from fastai.vision.all import ImageDataLoaders, Resize, accuracy, load_learner, vision_learner
-    from ressl_fastai.all import cached_dls, embed, find_duplicates, find_outliers, linear_probe, load_encoder, plot_embeddings, show_neighbors, suggest_labels
+    from ressl_fastai.all import cached_dls, embed, find_duplicates, find_outliers, linear_probe, plot_embeddings, show_neighbors, suggest_labels
+    from ressl_fastai.transfer import load_encoder
     from ressl_fastai.learner import ressl_learner
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)

@@ -44,7 +44,7 @@ from ressl_fastai.label_efficiency import _NoValidation, draw_labels, labelled_p
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.transfer import encoder_learner
-from ressl_fastai.views import clean_dl
+from ressl_fastai.loaders import clean_dl
 
 folder = Path(os.environ.get('ENCODERS', '/tmp/hand_over'))
 size,lr,all_rows = 32,2e-3,('classifier','teacher','probe','from scratch','random encoder','pixels','colour histogram')

@@ -63,11 +63,12 @@ from .files import check_writable, hold, make_folder, to_disk, write_text, write
 from .health import HealthMonitor
 from .label_efficiency import (label_efficiency, pixel_features, plot_labels, principal_components,
                                            summarize_labels)
-from .learner import _read_encoder as read_encoder, first_images, ressl_learner
+from .learner import ressl_learner
+from .loaders import first_images, spread, subset
 from .models import ReSSLModel, create_encoder, get_arch, small_resnet
 from .recipes import recipe as make_recipe, recipe_misfits
 from .report import versions
-from .transfer import encoder_learner
+from .transfer import encoder_learner, read_encoder
 from .views import strong_tfms, weak_tfms
 
 # %% ../nbs/12_cli.ipynb #12c00003
@@ -284,7 +285,12 @@ class _TimeLeft(Callback):
         print(f"about {_duration(each*left)} to go, {each:.2g} seconds a step", flush=True)
 
 # %% ../nbs/12_cli.ipynb #9e57f51c
-def _knn(features, dls): return knn_accuracy(*features(dls.train), *features(dls.valid))
+_baseline = 10_000,2_500  # images for training and held out, at most, by which baselines are measured
+
+def _knn(features, dls):
+    "kNN accuracy of what needs no training"
+    train,valid = (dl if dl.n<=n else subset(dl, spread(n, dl.n)) for dl,n in zip(dls, _baseline))
+    return knn_accuracy(*features(train), *features(valid))
 
 def _save_curves(history, path):
     "Losses and, if there is one, kNN accuracy by epoch"

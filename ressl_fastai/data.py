@@ -57,7 +57,8 @@ from . import __version__
 from .files import disk_errors, replacing, write_text, writing
 from .fingerprint import data_fingerprint, digest, file_at, image_parts, lists, plain_function
 from .images import PILImage16, channels_last, look_at_files, readable_images, set_opener
-from .views import clean_dl, send
+from .loaders import clean_dl
+from .views import send
 
 # %% ../nbs/10_data.ipynb #1336a023
 def find_data(

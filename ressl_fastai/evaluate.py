@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.load import DataLoader
-from fastai.data.transforms import Categorize, Category, Normalize
+from fastai.data.transforms import Categorize, Category
 from fastai.learner import Learner, Metric
 from fastai.torch_core import TensorCategory, get_model, no_random
 from fastcore.basics import ifnone, store_attr
@@ -33,19 +33,26 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn, Tensor
 
+from .loaders import clean_dl, normalize_stats, same_stats
 from .models import Embedder
-from .views import clean_dl
+
+# %% ../nbs/06_evaluate.ipynb #6805c6ab
+def embedding_loss(
+    pred:Tensor, # (bs, dim) embeddings
+    *yb, # Whatever targets `dls` has; not looked at
+    reduction:str='mean' # 'mean', or 'none' for one value per image
+) -> Tensor: # Zeros
+    "The loss of a learner whose model gives embeddings, where `ReSSL` does not act; training towards it is refused"
+    if pred.requires_grad:
+        raise RuntimeError("nothing to train towards: the ReSSL callback was removed from this learner")
+    return pred.new_zeros(len(pred) if reduction=='none' else ())
 
 # %% ../nbs/06_evaluate.ipynb #19f87180
-def _zero_loss(pred, *yb, reduction='mean'): return pred.new_zeros(len(pred) if reduction=='none' else ())
-
-def _stats(dl): return [torch.cat([f.mean.flatten(), f.std.flatten()]).cpu() for f in getattr(dl.after_batch, 'fs', []) if isinstance(f, Normalize)]
-
 def _check_normalize(dl, own):
     "Refuse images that are not normalised as those the encoder was trained on: its features would be wrong without a sign of it"
-    got,want = _stats(dl),_stats(own)
-    if len(got)!=len(want) or not all(len(a)==len(b) and torch.allclose(a, b, atol=1e-4) for a,b in zip(got, want)): raise ValueError(
-        f"dl must have the Normalize of the learner's own dls, mean and std {[o.tolist() for o in want]}, got {[o.tolist() for o in got]}")
+    got,want = normalize_stats(dl),normalize_stats(own)
+    if not same_stats(got, want): raise ValueError(
+        f"dl must have the Normalize of the learner's own dls, mean and std {want}, got {got}")
 
 def _part(model, teacher, projected):
     "The network that gives the features asked for"
@@ -74,7 +81,7 @@ def embed(
     _check_images(dl, learn)
     _check_normalize(dl, learn.dls.train)
     modes = [(m,m.training) for m in net.modules()]
-    probe = Learner(learn.dls, net, loss_func=_zero_loss)
+    probe = Learner(learn.dls, net, loss_func=embedding_loss)
     try:
         with no_random(), nullcontext() if progress else probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
     finally:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from .callback import _OnItsWay, _value
 from .losses import relation, ressl_loss
-from .views import clean_dl
+from .loaders import clean_dl
 
 # %% ../nbs/05b_health.ipynb #h8entropy
 def entropy(

@@ -43,7 +43,7 @@ from .callback import _value
 from .evaluate import embed
 from .losses import relation
 from .models import ReSSLModel
-from .views import clean_dl
+from .loaders import clean_dl
 
 # %% ../nbs/11_interpret.ipynb #d879c351
 def _similarities(x, bank, chunk):

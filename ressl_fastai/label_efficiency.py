@@ -38,9 +38,8 @@ from sklearn.metrics import recall_score
 from torch import nn, Tensor
 
 from .evaluate import check_classes, embed, fit_logistic
-from .learner import first_images
+from .loaders import clean_dl, first_images
 from .models import create_encoder, get_arch
-from .views import clean_dl
 
 # %% ../nbs/11a_label_efficiency.ipynb #11ae0009
 def draw_labels(

@@ -10,7 +10,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/models.html.md"""
 
 # %% auto #0
 __all__ = ['stems', 'small_resnet', 'get_arch', 'body_stem', 'set_stem', 'Encoder', 'create_encoder', 'create_mlp', 'L2Norm',
-           'Embedder', 'ReSSLModel']
+           'Embedder', 'ReSSLModel', 'ressl_splitter']
 
 # %% ../nbs/04_models.ipynb #cbe3cad9
 import inspect, warnings
@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from fastai.layers import ResBlock
-from fastai.vision.learner import TimmBody, create_body, model_meta
+from fastai.vision.learner import TimmBody, create_body, default_split, model_meta
 from fastai.vision.models import xresnet
 from fastai.vision.models.xresnet import XResNet
 from fastcore.basics import first, ifnone, noop
+from fastcore.foundation import L
 from torch import nn, Tensor
 from torchvision.models import get_model_builder, list_models
 from torchvision.ops import Permute
@@ -377,3 +378,20 @@ class ReSSLModel(Embedder):
         super().train(mode)
         teacher_train(self.teacher, mode)
         return self
+
+# %% ../nbs/04_models.ipynb #04000062
+def body_splitter(
+    body:nn.Module, # As from `create_encoder`
+    arch:str # Name of the model function that made it
+): # Callable from a model with this body to groups of parameters
+    "fastai's splitter for `arch`, as far as `body` is made the way that it expects"
+    splits = {f.__name__:meta['split'] for f,meta in model_meta.items()} if isinstance(body, nn.Sequential) else {}
+    return splits.get(arch, default_split)
+
+# %% ../nbs/04_models.ipynb #04000063
+def ressl_splitter(
+    model:nn.Module # `ReSSLModel`
+) -> L: # Groups of parameters: those of the body as `vision_learner` splits it, then projector and predictor; the teacher's are in none
+    "So that `freeze` leaves projector and predictor to train, and `fine_tune` gives the body lower learning rates"
+    body,heads = model.encoder[0],nn.ModuleList([model.projector, model.predictor])
+    return L(body_splitter(body, model.encoder.arch)(nn.Sequential(body, heads))).filter(len)

@@ -36,14 +36,13 @@ from torch.utils.data import Subset
 from torchvision.transforms.functional import to_pil_image
 
 from . import __version__
-from .callback import get_normalize
+from .loaders import first_images, get_normalize
 from .evaluate import embed, knn_accuracy, linear_accuracy
 from .files import write_text
 from .health import Guard, HealthMonitor
 from .interpret import (_classes, _embeddings, _name, _pictures, _plain, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors,
                                     suggest_labels)
-from .label_efficiency import principal_components, _linear, draw_labels, pixel_features, plot_labels
-from .learner import first_images
+from .label_efficiency import _linear, draw_labels, pixel_features, plot_labels, principal_components
 from .models import ReSSLModel, get_arch
 from .recipes import _show
 from .views import RandomView
@@ -375,7 +374,7 @@ def _how_to_use_it(learn, seen):
                      "labelled_dls: DataLoaders of labelled images, without Normalize, which the encoder brings along.",
         code=f"""{save}from ressl_fastai.all import *
 {before}clf = vision_learner(labelled_dls, {arch}, pretrained=False, normalize=False, n_in={enc.n_in}, metrics=accuracy)
-load_encoder(clf, {str(file)!r})
+clf.load_encoder({str(file)!r})
 clf.fine_tune(10)""")
 
 # %% ../nbs/11b_report.ipynb #rp37rep

@@ -7,8 +7,7 @@ after them, with the statistics of the `DataLoaders` (see `callback`).
 
 Crop, flip, resize and blur act on rows and columns separately, and each row of a view is a weighted sum of a few rows of the image: what an embedding bag
 computes. So a view is two such bags, one over rows and one over columns, followed by one colour matrix per image. No image is looped over. The random
-numbers are drawn on the CPU whatever the device: one seed gives one set of views everywhere, and nobody waits for a GPU. `clean_dl` gives the images a `DataLoader` holds
-without the random transforms it would apply in training.
+numbers are drawn on the CPU whatever the device: one seed gives one set of views everywhere, and nobody waits for a GPU.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/views.html.md"""
 
@@ -16,7 +15,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/views.html.md"""
 
 # %% auto #0
 __all__ = ['crop_boxes', 'resize_taps', 'weigh_rows', 'blur_taps', 'color_matrices', 'draw_jitter', 'send', 'RandomView',
-           'weak_tfms', 'strong_tfms', 'multi_crop_tfms', 'show_views', 'clean_dl']
+           'weak_tfms', 'strong_tfms', 'multi_crop_tfms', 'show_views']
 
 # %% ../nbs/03_views.ipynb #caaa5b04
 import math, warnings
@@ -25,14 +24,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.data.core import Datasets, TfmdDL, TfmdLists
-from fastai.data.load import DataLoader
-from fastai.data.transforms import Normalize
-from fastai.torch_basics import Pipeline, show_image, subplots
+from fastai.torch_basics import show_image, subplots
 from fastcore.basics import listify, store_attr
 from torch import Tensor
-
-from .images import with_opener
 
 # %% ../nbs/03_views.ipynb #43adad5c
 def crop_boxes(
@@ -342,33 +336,3 @@ def show_views(
     for ax,title in zip(axs.flat[::len(x)], ['images', 'weak views, for the teacher'] + ['strong views, for the student']*len(strong)):
         ax.set_title(title, loc='left', fontsize=9)
     fig.tight_layout(pad=0.3)
-
-# %% ../nbs/03_views.ipynb #96fb8ef7
-def _as_validation(tl):
-    "The list with the transforms of validation, and the package's opener"
-    tl = tl._new(tl.items, split_idx=1)
-    tl.tfms.fs = with_opener(tl.tfms.fs)
-    return tl
-
-def clean_dl(
-    dl:DataLoader, # Any fastai `DataLoader`, for training or validation
-    normalize:bool=True, # False leaves `Normalize` out, so that images stay in [0, 1]
-    sampled:bool=False, # Draw images as `dl` does (shuffled, weighted, some of them) instead of all in order
-    **kwargs # Passed on to `DataLoader.new`: shuffle, drop_last, bs, ...
-) -> DataLoader: # The same items without random transforms, opened by `open_image`
-    "The images of `dl` as validation sees them"
-    ds = dl.dataset
-    if isinstance(ds, Datasets): ds = Datasets(tls=[_as_validation(tl) for tl in ds.tls], n_inp=ds.n_inp)
-    elif isinstance(ds, TfmdLists): ds = _as_validation(ds)
-    how = dict(shuffle=dl.shuffle, drop_last=dl.drop_last, persistent_workers=dl.fake_l.persistent_workers) if sampled else dict(shuffle=False, drop_last=False)
-    if isinstance(dl, TfmdDL):
-        for nm in ('after_item','before_batch','after_batch'):
-            fs = with_opener(getattr(dl, nm).fs).filter(lambda f: normalize or not isinstance(f, Normalize))
-            how[nm] = Pipeline(fs)
-    if kwargs.get('num_workers')==0: how['timeout'] = 0  # torch refuses another one without workers
-    in_order = next(c for c in type(dl).__mro__ if c.get_idxs is DataLoader.get_idxs)
-    res = dl.new(dataset=ds, cls=in_order, **{**how, 'n':dl.n, **kwargs})
-    if sampled:  # with what a class of its own knows, such as weights: `new` forgets it
-        res.__class__ = type(dl)
-        res.__dict__ = {**vars(dl), **vars(res)}
-    return res

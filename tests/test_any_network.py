@@ -8,7 +8,7 @@ from fastai.vision.models.xresnet import XResNet
 from fastai.layers import ResBlock
 from torch import nn, Tensor
 
-from ressl_fastai.callback import get_normalize
+from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.evaluate import embed, fit_logistic
 from ressl_fastai.label_efficiency import _fresh, label_efficiency

@@ -7,8 +7,9 @@ from fastai.vision.models.xresnet import xresnet18
 from sklearn.datasets import load_sample_images
 from torch import nn
 
-from ressl_fastai.callback import get_normalize
-from ressl_fastai.learner import load_encoder, ressl_learner
+from ressl_fastai.loaders import get_normalize
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
 
 vit = partial(tv.VisionTransformer, image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
@@ -70,9 +71,9 @@ def test_architecture_trains_and_is_handed_over(nm, tmp_path):
     other = make(archs[nm], size=size, path=tmp_path, stem=net.encoder.stem)  # into another pretraining,
     with torch.no_grad():
         assert not torch.allclose(other.model.eval().encode(x), net.encode(x))
-        torch.testing.assert_close(load_encoder(other, 'enc').model.encode(x), net.encode(x), rtol=0, atol=0)
+        torch.testing.assert_close(other.load_encoder('enc').model.encode(x), net.encode(x), rtol=0, atol=0)
     if nm in ('resnet18','resnet50','efficientnet_b0','convnext_tiny','xresnet18','timm_cnn'):  # and into fastai's own learner
-        clf = load_encoder(vision_learner(make_dls(size=size), archs[nm], pretrained=False, n_out=2, path=tmp_path, normalize=False), 'enc')
+        clf = vision_learner(make_dls(size=size), archs[nm], pretrained=False, n_out=2, path=tmp_path, normalize=False).load_encoder('enc')
         with torch.no_grad(): torch.testing.assert_close(create_encoder(clf.model[0]).eval()(x), net.encode(x), rtol=1e-4, atol=1e-5)
         fit(clf, 1)
         back = make(clf.model[0], size=size)                                                        # and from there back

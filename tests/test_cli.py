@@ -13,9 +13,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.cli import new_folder, ressl_pretrain
 from ressl_fastai.data import find_data, folder_dls
-from ressl_fastai.learner import load_encoder
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
-from ressl_fastai.views import clean_dl
+from ressl_fastai.loaders import clean_dl
 
 def shell(*args, cwd=None):
     "The installed command in its own process"

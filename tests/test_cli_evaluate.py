@@ -10,9 +10,9 @@ from PIL import Image
 from ressl_fastai.cli import ressl_evaluate
 from ressl_fastai.data import folder_dls
 from ressl_fastai.evaluate import knn_accuracy, linear_accuracy
-from ressl_fastai.learner import load_encoder
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
-from ressl_fastai.views import clean_dl
+from ressl_fastai.loaders import clean_dl
 from test_cli import digit_folder
 from test_training import fit, make
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ressl_fastai import data
 from ressl_fastai.data import TensorDL, cached_dls, digits_dls, tensor_dls
 from ressl_fastai.evaluate import KNNAccuracy, embed
-from ressl_fastai.learner import first_images, ressl_learner
-from ressl_fastai.views import clean_dl
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.loaders import clean_dl, first_images
 
 rng = np.random.default_rng(0)
 pictures = rng.integers(0, 256, (50,12,9,3), dtype=np.uint8)

@@ -7,7 +7,7 @@ from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, DataBlock
 from PIL import Image
 
 from ressl_fastai.images import PILImage16, readable_images
-from ressl_fastai.learner import first_images
+from ressl_fastai.loaders import first_images
 from ressl_fastai.models import small_resnet
 from test_training import NoBN, fit, make, same, state
 

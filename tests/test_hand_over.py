@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ressl_fastai.evaluate import embed
-from ressl_fastai.learner import load_encoder, ressl_learner
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import body_stem, small_resnet
 from ressl_fastai.precision import DevicePrecision
 
@@ -260,7 +261,7 @@ def test_unet_of_layers_in_one_child(monkeypatch, tmp_path):
     quiet_fit(learn).save_encoder('enc')
     copied,tensors = deepcopy(unet.model),list(unet.model.state_dict())
     assert not same(state(unet.model.layers[0]), state(learn.model.encoder[0][0]))
-    load_encoder(unet, 'enc')
+    unet.load_encoder('enc')
     for net in (unet.model, load_encoder(copied, tmp_path/'models'/'enc')):
         assert same(state(net.layers[0]), state(learn.model.encoder[0][0])) and list(net.state_dict())==tensors
 
@@ -272,9 +273,9 @@ def test_encoder_file_fits_a_unet_of_its_stem(tmp_path):
     unet = learn.to_unet_learner(make_dls(masks=True), path=tmp_path)
     quiet_fit(learn).save_encoder('second')
     assert not same(state(unet.model.layers[0]), state(learn.model.encoder[0]))
-    for nm in ('second','first'): load_encoder(unet, nm)
+    for nm in ('second','first'): unet.load_encoder(nm)
     assert not same(state(unet.model.layers[0]), state(learn.model.encoder[0]))  # control
-    assert same(state(load_encoder(unet, 'second').model.layers[0]), state(learn.model.encoder[0]))
+    assert same(state(unet.load_encoder('second').model.layers[0]), state(learn.model.encoder[0]))
     quiet_fit(unet)
 
 @pytest.mark.parametrize('kind', ['vision', 'unet'])
@@ -289,7 +290,7 @@ def test_load_encoder_takes_all_or_nothing(kind, tmp_path):
     learn.freeze()
     def frozen(): return learn.opt.frozen_idx,[p.requires_grad for p in learn.model.parameters()]
     before = frozen()
-    load_encoder(learn, 'enc')
+    learn.load_encoder('enc')
     assert same(state(body(learn)), state(pre.model.encoder[0])) and norms(learn.dls)==norms(pre.dls) and frozen()==before
     others = dict(arch=(user(tv.resnet18), 'small_resnet.*does not fit.*missing'),
                   channels=(user(n_in=1), r'n_in=3.*\(\d+, 1, 3, 3\) in the model and \(\d+, 3, 3, 3\) in the file'),
@@ -299,7 +300,7 @@ def test_load_encoder_takes_all_or_nothing(kind, tmp_path):
     for nm,(learn,words) in others.items():
         learn.freeze()
         before,norm,opt,buffers = state(learn.model),norms(learn.dls),deepcopy(learn.opt.state_dict()),frozen()
-        with pytest.raises(ValueError, match=words): load_encoder(learn, 'small' if nm=='stem' else 'enc')
+        with pytest.raises(ValueError, match=words): learn.load_encoder('small' if nm=='stem' else 'enc')
         assert same(before, state(learn.model)) and norms(learn.dls)==norm and str(learn.opt.state_dict())==str(opt) and frozen()==buffers, nm
 
 def test_loaded_stem_is_what_the_optimizer_trains(tmp_path):
@@ -308,7 +309,7 @@ def test_loaded_stem_is_what_the_optimizer_trains(tmp_path):
     pre.save_encoder('enc', teacher=True)
     clf = vision_learner(make_dls(size=16), tv.resnet18, pretrained=False, path=tmp_path)
     clf.freeze()
-    load_encoder(clf, 'enc')
+    clf.load_encoder('enc')
     assert same(state(clf.model[0]), state(pre.model.teacher[0][0])) and close(pooled(clf), embed(pre, teacher=True)[0])
     first = clf.model[0][0].weight
     assert not first.requires_grad and clf.opt.frozen_idx==2 and any(first is p for p in clf.opt.param_lists[0])

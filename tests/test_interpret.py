@@ -15,7 +15,7 @@ from torch import nn
 from ressl_fastai.evaluate import embed
 from ressl_fastai.interpret import (find_duplicates, find_outliers, image_relations, nearest, plot_embeddings, show_items, show_neighbors, suggest_labels, typiclust)
 from ressl_fastai.learner import ressl_learner
-from ressl_fastai.views import clean_dl
+from ressl_fastai.loaders import clean_dl
 
 class NoBN(nn.Sequential):
     def __init__(self, n_in=1): super().__init__(nn.Conv2d(n_in, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))

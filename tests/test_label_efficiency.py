@@ -12,7 +12,7 @@ from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.label_efficiency import draw_labels, label_efficiency, label_rows, labelled_part, plot_labels, summarize_labels
 from ressl_fastai.models import create_encoder, small_resnet
-from ressl_fastai.views import clean_dl
+from ressl_fastai.loaders import clean_dl
 from test_training import fit, make, same, state
 
 arch = partial(small_resnet, widen=0.125)

@@ -11,9 +11,10 @@ from fastai.vision.models import xresnet
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from ressl_fastai.callback import get_normalize
+from ressl_fastai.loaders import get_normalize
 from ressl_fastai.evaluate import embed, knn_accuracy
-from ressl_fastai.learner import load_encoder, ressl_learner
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import ReSSLModel, body_stem, create_encoder, get_arch, set_stem, small_resnet
 
 tiny_resnet = partial(small_resnet, widen=0.125)
@@ -230,16 +231,16 @@ def test_encoder_is_handed_over(nm, n_in, tmp_path):
         def features(body):
             with torch.no_grad(): return torch.cat([body.eval()(b[0].as_subclass(Tensor)).mean((2,3)) for b in clf.dls.valid])
         assert not close(features(clf.model[0]), want)
-        assert close(features(load_encoder(clf, 'enc').model[0]), want)  # weights, stem and normalisation
+        assert close(features(clf.load_encoder('enc').model[0]), want)  # weights, stem and normalisation
         assert close(features(load_encoder(create_encoder(arch_of(nm), n_in, size=24), tmp_path/'models'/'enc')[0]), want)
-        again = load_encoder(make(arch_of(nm), n_in, path=tmp_path), 'enc')
+        again = make(arch_of(nm), n_in, path=tmp_path).load_encoder('enc')
         assert close(embed(again)[0], want) and close(embed(again, teacher=True)[0], want)
     fit(clf)
 
 def loads(learn, file):
     "Whether `file` is loaded; a refusal leaves model, normalisation and optimizer as they were"
     before,fs,opt = state(learn.model),list(learn.dls.after_batch.fs),learn.opt
-    try: load_encoder(learn, file)
+    try: learn.load_encoder(file)
     except ValueError as e: assert str(learn.path/learn.model_dir/file) in str(e) or 'already has stem' in str(e), e
     else: return not same(before, state(learn.model))
     assert same(before, state(learn.model)) and fs==list(learn.dls.after_batch.fs) and learn.opt is opt
@@ -326,7 +327,7 @@ def test_embedding_leaves_no_trace():
 def test_stem_reaches_the_whole_model(arch, tmp_path):
     make(arch, stem='small', path=tmp_path).save_encoder('enc')
     assert load_encoder(create_encoder(arch, 1, stem='standard'), tmp_path/'models'/'enc').stem=='small'
-    model,x = load_encoder(make(arch, stem='standard', path=tmp_path), 'enc').model.eval(),torch.randn(2, 1, 24, 24)
+    model,x = make(arch, stem='standard', path=tmp_path).load_encoder('enc').model.eval(),torch.randn(2, 1, 24, 24)
     assert model.encoder.stem==model.teacher[0].stem=='small' and not any(p.requires_grad for p in model.teacher.parameters())
     assert close(model.teacher[0](x), model.encode(x))
 
@@ -335,14 +336,14 @@ def test_frozen_stays_frozen(tmp_path):
     clf = clf_of(tmp_path, tv.resnet18)
     clf.freeze()
     def frozen(): return clf.opt.frozen_idx,[p.requires_grad for p in clf.model.parameters()]
-    before = frozen(); load_encoder(clf, 'enc'); assert frozen()==before
+    before = frozen(); clf.load_encoder('enc'); assert frozen()==before
 
 def test_added_normalize_is_on_the_device_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, 'use_cuda', None)  # else fastai's `to_device` takes all to the CPU
     make(path=tmp_path).save_encoder('enc')
     clf = clf_of(tmp_path)
     clf.dls.device = torch.device('meta')  # stands for any device but the CPU
-    assert load_encoder(clf, 'enc').dls.valid.one_batch()[0].device.type=='meta'
+    assert clf.load_encoder('enc').dls.valid.one_batch()[0].device.type=='meta'
 
 def test_versions_of_modules_are_kept(tmp_path):
     make(tv.mnasnet0_5, path=tmp_path).save_encoder('enc')

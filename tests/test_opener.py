@@ -13,9 +13,10 @@ from ressl_fastai.data import cached_dls, find_images, folder_dls, image_suffixe
 from ressl_fastai.evaluate import embed, knn_accuracy
 from ressl_fastai.images import ImageError, PILImage12, PILImage16, channels_last, look_at_files, open_image, set_opener
 from ressl_fastai.interpret import suggest_labels
-from ressl_fastai.learner import first_images, load_encoder, ressl_learner
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.loaders import clean_dl, first_images
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import small_resnet
-from ressl_fastai.views import clean_dl
 
 rng = np.random.default_rng(0)
 photos = load_sample_images().images
@@ -217,7 +218,7 @@ def test_a_vision_learner_with_a_loaded_encoder_and_other_dls(tmp_path):
     learn.save_encoder('enc')
     other = dls_of(files)
     clf = Learner(other, torch.nn.Sequential(learn.model.encoder[0]), loss_func=CrossEntropyLossFlat(), path=tmp_path)
-    load_encoder(clf, 'enc')
+    clf.load_encoder('enc')
     learn.dls = more = dls_of(files)
     for dls in (other,more): assert dls.valid_ds[0][0].size==(40,60) or dls.valid_ds[0].size==(40,60)
 

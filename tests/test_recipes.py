@@ -12,7 +12,8 @@ from fastai.vision.data import ImageBlock
 from torch import nn
 
 from ressl_fastai.batch_norm import SplitBatchNorm
-from ressl_fastai.callback import InfoNCEWarmup, get_normalize
+from ressl_fastai.callback import InfoNCEWarmup
+from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import digits_dls
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.recipes import recipe, recipes

@@ -10,7 +10,8 @@ from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.optimizer import SGD
 from torch import nn
 
-from ressl_fastai.callback import InfoNCEWarmup, get_normalize
+from ressl_fastai.callback import InfoNCEWarmup
+from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import digits_dls
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet

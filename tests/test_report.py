@@ -13,7 +13,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from ressl_fastai import report
-from ressl_fastai.all import accuracy, digits_dls, embed, get_arch, load_encoder, ressl_learner, small_resnet, vision_learner
+from ressl_fastai.all import accuracy, digits_dls, embed, get_arch, ressl_learner, small_resnet, vision_learner
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.health import HealthMonitor
 from ressl_fastai.interpret import _pictures, image_relations, plot_embeddings, show_neighbors
 from ressl_fastai.report import _few, _item_name, render, template

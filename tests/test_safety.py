@@ -7,7 +7,8 @@ from fastai.vision.all import (Callback, CancelFitException, CSVLogger, EarlySto
     PILImage, ReduceLROnPlateau, SaveModelCallback, SGD, ShortEpochCallback, TerminateOnNaNCallback, load_learner)
 from torch import Tensor
 
-from ressl_fastai.callback import ReSSL, get_normalize
+from ressl_fastai.callback import ReSSL
+from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.learner import ReSSLLearner, ressl_learner

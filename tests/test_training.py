@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ressl_fastai.batch_norm import SplitBatchNorm
-from ressl_fastai.callback import InfoNCEWarmup, ReSSL, get_normalize
+from ressl_fastai.callback import InfoNCEWarmup, ReSSL
+from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import KNNAccuracy
-from ressl_fastai.learner import load_encoder, ressl_learner
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.losses import ressl_loss
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import multi_crop_tfms, strong_tfms, weak_tfms
@@ -239,7 +241,7 @@ def test_encoder_file_round_trip(tmp_path, teacher):
     learn = make(arch=small_resnet, path=tmp_path)
     fit(learn)
     learn.save_encoder('enc', teacher=teacher)
-    other = load_encoder(make(arch=small_resnet, path=tmp_path, seed=5), 'enc')
+    other = make(arch=small_resnet, path=tmp_path, seed=5).load_encoder('enc')
     x = torch.rand(3, 1, 8, 8)
     source = learn.model.eval().teacher[0] if teacher else learn.model.eval().encoder
     torch.testing.assert_close(other.model.eval().encode(x), source(x), rtol=0, atol=0)
@@ -247,7 +249,7 @@ def test_encoder_file_round_trip(tmp_path, teacher):
     assert torch.load(tmp_path/'models'/'enc.pth', weights_only=True)['arch']=='small_resnet'
     (tmp_path/'models'/'cut.pth').write_bytes((tmp_path/'models'/'enc.pth').read_bytes()[:1000])
     for bad in ('cut',):
-        with pytest.raises(ValueError, match='cannot be read'): load_encoder(other, bad)
+        with pytest.raises(ValueError, match='cannot be read'): other.load_encoder(bad)
 
 # variants
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.learner import ressl_learner
-from ressl_fastai.views import RandomView, _look_up, clean_dl, color_matrices, crop_boxes, strong_tfms, weak_tfms
+from ressl_fastai.views import RandomView, _look_up, color_matrices, crop_boxes, strong_tfms, weak_tfms
+from ressl_fastai.loaders import clean_dl
 
 pytestmark = pytest.mark.filterwarnings('ignore:images have 13 channels')
 p_false = 1e-5

@@ -10,7 +10,8 @@ from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitte
 from fastai.vision.models import xresnet
 from torch import Tensor, nn
 
-from ressl_fastai.learner import load_encoder, ressl_learner
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import ReSSLModel, body_stem, create_encoder, set_stem, small_resnet, stems
 from ressl_fastai.weights import load_ressl_weights, read_ressl_weights
 
@@ -162,7 +163,7 @@ def test_goes_on_in_learners(nm, made, tmp_path):
     learn = ressl_learner(image_dls(), enc[0], queue_size=8, n_hidden=16, dim=8, metrics=[], path=tmp_path)
     assert learn.model.encoder.stem==enc.stem and all(close(out(o, x), out(net, x)) for o in (learn.model.encoder, learn.model.teacher[0]))
     learn.save_encoder('enc')
-    clf = load_encoder(vision_learner(image_dls(), tv.resnet18, pretrained=False, path=tmp_path), 'enc')
+    clf = vision_learner(image_dls(), tv.resnet18, pretrained=False, path=tmp_path).load_encoder('enc')
     assert close(out(clf.model[0], x).mean((2,3)), out(net, x))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.1)
     assert not close(out(learn.model.encoder, x), out(net, x))  # control: it trains
