@@ -601,6 +601,7 @@ def _table_file(out):
     if out.suffix not in _formats: raise ValueError(f"out must end in {', '.join(_formats)}, got {out}")
     if out.suffix=='.parquet' and not (find_spec('pyarrow') or find_spec('fastparquet')): raise ValueError(
         f"out={out} needs pyarrow, which is not installed: pip install pyarrow, or take .csv, .npy or .pt")
+    if file := next((o for o in out.parents if o.is_file()), None): raise ValueError(f"out must be in a folder, {file} is a file")
     if out.exists(): raise ValueError(f"out must be the name of a new file, {out} is there already")
     with _naming_out(out.parent): check_writable(out.parent)
     return out

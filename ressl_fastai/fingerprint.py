@@ -201,7 +201,7 @@ def file_at(
 def plain_function(
     f # A transform
 ): # The function it was made of, None if it does more than to call that
-    "What a `Transform` does, without fastai's choice by types, which takes 30 microseconds"
+    "What a `Transform` does, without fastai's choice by types, which takes longer than most functions"
     methods = getattr(getattr(f, 'encodes', None), 'methods', ())
     if type(f) is not Transform or f.split_idx is not None or len(methods)!=1: return None
     res = methods[0].implementation
