@@ -1,9 +1,10 @@
 """`Checkpoint('run')`: after a crash the same line goes on where the training was, bit for bit.
 
-Pretraining runs for days. `learn.fit_one_cycle(100, cbs=Checkpoint('run'))` keeps on disk everything that the rest of the
-training depends on: student, teacher, predictor and queue, optimizer and gradients, the loss scale of `MixedPrecision`, the
-place in the schedules, the recorder's history, what other callbacks count, the random states, which images are held out, and
-the order of the batches. Run again, the same line continues; with other settings or other data it is refused and says which.
+Pretraining runs for days. `learn.fit_one_cycle(100, cbs=Checkpoint('run'))` keeps on disk everything that the rest of
+the training depends on: student, teacher, predictor and queue, optimizer and gradients, the loss scale of
+`MixedPrecision`, the place in the schedules, the recorder's history, what other callbacks count, the random states,
+which images are held out, and the order of the batches. Run again, the same line continues; with other settings or
+other data it is refused and says which.
 
 The last two files are kept; a damaged one is passed over. What is in them, and when a fit is the same, is said in
 `checkpoint_file`, `same_fit` and `training_state`; here is when it happens.
@@ -70,10 +71,12 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         "Continue from the last good checkpoint, if there is one and its settings and data are those of this fit"
-        self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())  # fastai locks for `validate` and `get_preds`
+        # fastai locks for `validate` and `get_preds`
+        self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
         if not self.run: return
         if num_distrib()>1:
-            raise ValueError("Checkpoint keeps the random states of one process: it cannot be used in distributed training")
+            raise ValueError(
+                "Checkpoint keeps the random states of one process: it cannot be used in distributed training")
         for cb in L(self._go_on()).sorted('order'): cb('before_fit')  # a fit before was interrupted while they paused
         self._reset()
         folder = Path(self.folder)
@@ -163,7 +166,8 @@ class Checkpoint(Callback):
         file = self.where/f'epoch_{epoch:04}_batch_{batch:06}.pth'
         self._say_what_is_lost()
         fit = dict(settings=self.settings, data=self.kept_data, rows=self.rows, csv=self.csv, start=self.start)
-        write_checkpoint(file, dict(epoch=epoch, batch=batch, **fit, training=get_training_state(self.learn), random=get_random(self.learn)))
+        now = dict(training=get_training_state(self.learn), random=get_random(self.learn))
+        write_checkpoint(file, dict(epoch=epoch, batch=batch, **fit, **now))
         self.files = [*(o for o in self.files if o!=file), file][-2:]
         delete_others(self.where, self.files)
 

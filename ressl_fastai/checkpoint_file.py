@@ -1,8 +1,9 @@
 """The file of a checkpoint: ordinary Python values as plain types, whole or not there, the last good one found.
 
-A checkpoint holds tensors and plain Python values alone, so that `torch.load(weights_only=True)` reads it and nothing in it
-can run. A file is written aside, brought to the disk and then renamed (`files`), so that it is whole or not there, and a
-checksum covers all of it. Of several the last good one counts; files of others in the folder are left alone.
+A checkpoint holds tensors and plain Python values alone, so that `torch.load(weights_only=True)` reads it and nothing
+in it can run. A file is written aside, brought to the disk and then renamed (`files`), so that it is whole or not
+there, and a checksum covers all of it. Of several the last good one counts; files of others in the folder are left
+alone.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/checkpoint_file.html.md"""
 

@@ -34,6 +34,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Annotated
@@ -261,9 +262,9 @@ def _before_long(learn, size, epochs, bs):
     if each*n_images*epochs<=_long: return None
     text = f"{epochs} epochs will take about {_duration(each*n_images*epochs)} on this machine without a GPU"
     fits = []
-    for flags,seconds in [('', each), *_smaller(n_in, size, bs)]:
+    for flags,seconds in chain([('', each)], _smaller(n_in, size, bs)):
         if n := min(epochs, int(_long/(seconds*n_images))): fits.append(f'{flags} --epochs={n}'.strip())
-        if fits and n>=20: break
+        if n>=min(20, epochs): break
     if not fits: return f"{text}; 15 minutes are not enough for one epoch of {n_images} images"
     return f"{text}; 15 minutes are enough for {' or '.join(fits)}"
 
@@ -601,7 +602,8 @@ def _table_file(out):
     if out.suffix not in _formats: raise ValueError(f"out must end in {', '.join(_formats)}, got {out}")
     if out.suffix=='.parquet' and not (find_spec('pyarrow') or find_spec('fastparquet')): raise ValueError(
         f"out={out} needs pyarrow, which is not installed: pip install pyarrow, or take .csv, .npy or .pt")
-    if file := next((o for o in out.parents if o.is_file()), None): raise ValueError(f"out must be in a folder, {file} is a file")
+    for o in out.parents:
+        if o.is_file(): raise ValueError(f"out must be in a folder, {o} is a file")
     if out.exists(): raise ValueError(f"out must be the name of a new file, {out} is there already")
     with _naming_out(out.parent): check_writable(out.parent)
     return out

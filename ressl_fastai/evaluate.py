@@ -1,10 +1,12 @@
 """How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 
-`embed` gives the features of any `DataLoader`'s images as validation sees them, `knn_accuracy` classifies by cosine nearest
-neighbours, and `KNNAccuracy` puts that into fastai's progress table. `linear_probe` trains a linear classifier on frozen features: logistic regression with
-its penalty chosen by cross-validation, or the papers' two SGD protocols. The features are those before the projector unless asked for otherwise.
+`embed` gives the features of any `DataLoader`'s images as validation sees them, `knn_accuracy` classifies by cosine
+nearest neighbours, and `KNNAccuracy` puts that into fastai's progress table. `linear_probe` trains a linear
+classifier on frozen features: logistic regression with its penalty chosen by cross-validation, or the papers' two SGD
+protocols. The features are those before the projector unless asked for otherwise.
 
-kNN and linear accuracy are for one category per image; other targets are refused, since an accuracy would mean nothing for them.
+kNN and linear accuracy are for one category per image; other targets are refused, since an accuracy would mean
+nothing for them.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/evaluate.html.md"""
 
@@ -49,7 +51,7 @@ def embedding_loss(
 
 # %% ../nbs/06_evaluate.ipynb #19f87180
 def _check_normalize(dl, own):
-    "Refuse images that are not normalised as those the encoder was trained on: its features would be wrong without a sign of it"
+    "Refuse images normalised otherwise than in training: their features would be wrong without a sign of it"
     got,want = normalize_stats(dl),normalize_stats(own)
     if not same_stats(got, want): raise ValueError(
         f"dl must have the Normalize of the learner's own dls, mean and std {want}, got {got}")
@@ -73,7 +75,7 @@ def embed(
     learn:Learner, # A `ressl_learner`, or what `load_learner` makes of its export
     dl:DataLoader=None, # Images to embed, `learn.dls.test_dl(files)` for new ones; default: the validation set
     teacher:bool=False, # The teacher instead of the student
-    projected:bool=False, # The embeddings that the loss compares, as `get_preds` and `predict` give them, instead of the features
+    projected:bool=False, # The embeddings that the loss compares, as `predict` gives them, instead of the features
     progress:bool=False # Whether to show a progress bar
 ) -> tuple: # (n, nf) features, or (n, dim) embeddings, in the order of `dl`'s items, and their targets or None
     "Features of clean (unaugmented, normalised) images; changes nothing about `learn`, nor the random state"
@@ -83,7 +85,8 @@ def embed(
     modes = [(m,m.training) for m in net.modules()]
     probe = Learner(learn.dls, net, loss_func=embedding_loss)
     try:
-        with no_random(), nullcontext() if progress else probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
+        bar = nullcontext() if progress else probe.no_bar()
+        with no_random(), bar, probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
     finally:
         for m,mode in modes: m.training = mode
     return x.float(),None if y is None or len(y)==0 else y
@@ -106,15 +109,17 @@ def check_classes(
     "Raise a `ValueError` unless `y` holds whole numbers (n,)"
     if y is None: raise ValueError(f"{nm} must hold one category per image, got images without labels")
     if y.ndim!=1 or y.is_floating_point() or y.dtype==torch.bool: raise ValueError(
-        f"{nm} must hold one category per image, whole numbers of shape (n,), got {y.dtype} of shape {tuple(y.shape)}: with several labels per image or "
-        "with regression targets, train a classifier or regressor on the encoder and use fastai's metrics")
+        f"{nm} must hold one category per image, whole numbers of shape (n,), got {y.dtype} of shape {tuple(y.shape)}: "
+        "with several labels per image or with regression targets, train a classifier or regressor on the encoder "
+        "and use fastai's metrics")
 
 def _check_features(train_x, train_y, x, y):
     for nm,a,b in (('train_',train_x,train_y), ('',x,y)):
         check_classes(b, nm+'y')
         if a.ndim!=2 or len(a)!=len(b) or not len(a): raise ValueError(
             f"{nm}x must be (n, dim) and {nm}y (n,) with n > 0, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    if train_x.shape[1]!=x.shape[1]: raise ValueError(f"train_x and x must have one width, got {train_x.shape[1]} and {x.shape[1]}")
+    if train_x.shape[1]!=x.shape[1]: raise ValueError(
+        f"train_x and x must have one width, got {train_x.shape[1]} and {x.shape[1]}")
 
 def _labelled(x, y, nm=''):
     "Features and classes of the images that have a label"
@@ -128,7 +133,7 @@ def knn_accuracy(
     train_y:Tensor, # (n,) its classes, whole numbers; those below 0 have no label and take no part
     x:Tensor, # (m, dim) features to classify
     y:Tensor, # (m,) their classes
-    k:int=20, # Neighbours that vote, all n if there are fewer; the field reports 200 where each class has thousands of images
+    k:int=20, # Neighbours that vote, all n if there are fewer; 200 are usual where classes have thousands of images
     temp:float=0.1, # A neighbour's vote weighs exp(similarity/temp)
     chunk:int=2**24 # Similarities in memory at a time, about
 ) -> float: # Share classified rightly, in [0, 1]
@@ -204,7 +209,7 @@ def fit_logistic(
     x:Tensor, # (n, dim) features
     y:Tensor, # (n,) their classes, at least two
     Cs:tuple=(1e-4,1e-3,1e-2,0.1,1.,10.), # Inverse strengths of the penalty, > 0; the best in cross-validation is taken
-    scale_x:Tensor=None, # (m, dim) features, labelled or not, that mean and standard deviation are taken from; default: `x`
+    scale_x:Tensor=None, # (m, dim) features that mean and standard deviation are taken from; default: `x`
     seed:int=0 # For the choice of the images held out
 ) -> BaseEstimator: # scikit-learn's pipeline, fitted: `predict`, `score` and `predict_proba` take arrays (m, dim)
     "Logistic regression on standardised features, its penalty chosen by cross-validation"
@@ -214,7 +219,8 @@ def fit_logistic(
     x,clf,least = scaler.transform(x),LogisticRegression(C=Cs[(len(Cs)-1)//2], max_iter=1000),counts.min()
     if least==1 or len(Cs)==1: return make_pipeline(scaler, clf.fit(x, y))  # nothing to hold out, or to choose
     if len(y)<=2000: cv = StratifiedKFold(min(5, least), shuffle=True, random_state=seed)
-    else: cv = StratifiedShuffleSplit(1, test_size=max(-(-len(y)//5), len(counts)), random_state=seed)  # each class in both
+    else:  # each class in both
+        cv = StratifiedShuffleSplit(1, test_size=max(-(-len(y)//5), len(counts)), random_state=seed)
     # few images: threads that wait for each other take several times as long as one
     with threadpool_limits(1 if len(y)<=2000 else None): search = GridSearchCV(clf, {'C':list(Cs)}, cv=cv).fit(x, y)
     return make_pipeline(scaler, search.best_estimator_)
@@ -228,7 +234,8 @@ def _sgd_epochs(x, y, n_classes, protocol, lr, n_epoch, seed):
     nn.init.normal_(net.weight, std=0.01, generator=rng); nn.init.zeros_(net.bias)
     opt = torch.optim.SGD(net.parameters(), ifnone(lr, _lrs[protocol]), momentum=0.9, nesterov=True)
     steps = [int(0.6*n_epoch), int(0.8*n_epoch)]
-    sched = torch.optim.lr_scheduler.MultiStepLR(opt, steps) if protocol=='step' else torch.optim.lr_scheduler.CosineAnnealingLR(opt, n_epoch)
+    schedulers = torch.optim.lr_scheduler
+    sched = schedulers.MultiStepLR(opt, steps) if protocol=='step' else schedulers.CosineAnnealingLR(opt, n_epoch)
     for _ in range(n_epoch):
         for idxs in torch.randperm(len(x), generator=rng).split(256):
             F.cross_entropy(net(x[idxs]), y[idxs]).backward()
@@ -251,9 +258,10 @@ def linear_accuracy(
     lr:float=None, # Learning rate of the SGD protocols, > 0; default: 30 for 'step', 1 for 'cosine'
     n_epoch:int=100, # Epochs of the SGD protocols
     seed:int=0 # For held-out images, first weights and batches
-) -> dict: # 'top1' and 'top5' in [0, 1]; with SGD those of the last epoch, and 'best' the highest top-1 of any; with 'logistic' the 'C' chosen
+) -> dict: # 'top1', 'top5' in [0, 1]; with SGD of the last epoch, 'best' the highest top-1 of any; else the 'C' chosen
     "Accuracy of a linear classifier on frozen features"
-    if protocol not in ('logistic',*_lrs): raise ValueError(f"protocol must be 'logistic', 'step' or 'cosine', got {protocol!r}")
+    if protocol not in ('logistic',*_lrs): raise ValueError(
+        f"protocol must be 'logistic', 'step' or 'cosine', got {protocol!r}")
     if lr is not None and not lr>0: raise ValueError(f"lr must be greater than 0, got {lr}")
     if n_epoch<1: raise ValueError(f"n_epoch must be at least 1, got {n_epoch}")
     _check_features(train_x, train_y, x, y)
@@ -264,7 +272,8 @@ def linear_accuracy(
         clf = fit_logistic(train_x, train_y, seed=seed)
         return dict(**both(*map(torch.as_tensor, (clf.predict_log_proba(x.numpy()),clf.classes_))), C=clf[-1].C)
     classes,labels = train_y.unique(return_inverse=True)
-    history = [both(net(x.float()).detach(), classes) for net in _sgd_epochs(train_x.float(), labels, len(classes), protocol, lr, n_epoch, seed)]
+    nets = _sgd_epochs(train_x.float(), labels, len(classes), protocol, lr, n_epoch, seed)
+    history = [both(net(x.float()).detach(), classes) for net in nets]
     return dict(**history[-1], best=max(o['top1'] for o in history))
 
 # %% ../nbs/06_evaluate.ipynb #ba1e8a10
@@ -278,5 +287,6 @@ def linear_probe(
     **kwargs
 ) -> dict: # As from `linear_accuracy`
     "Accuracy of a linear classifier on the frozen encoder of `learn`"
-    train,valid = (embed(learn, dl, teacher, projected) for dl in (ifnone(train_dl, learn.dls.train), ifnone(valid_dl, learn.dls.valid)))
+    loaders = ifnone(train_dl, learn.dls.train),ifnone(valid_dl, learn.dls.valid)
+    train,valid = (embed(learn, dl, teacher, projected) for dl in loaders)
     return linear_accuracy(*train, *valid, **kwargs)

@@ -39,7 +39,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
-from .callback import _value
+from .callback import scheduled
 from .evaluate import embed
 from .losses import relation
 from .models import ReSSLModel
@@ -197,7 +197,7 @@ def image_relations(
     _checked('idx', [idx], dl.n)
     if before is not None: learn = _as_saved(learn, before)
     bank,student = (_embeddings(learn, dl, teacher, features and features[teacher]) for teacher in (True,False))
-    return dict(teacher=_to_others(bank, bank, idx, _value(ressl.teacher_temp, ressl.progress)), student=_to_others(student, bank, idx, ressl.student_temp))
+    return dict(teacher=_to_others(bank, bank, idx, scheduled(ressl.teacher_temp, ressl.progress)), student=_to_others(student, bank, idx, ressl.student_temp))
 
 # %% ../nbs/11_interpret.ipynb #49e4560e
 @patch

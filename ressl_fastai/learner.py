@@ -1,7 +1,8 @@
 """`ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone.
 
-`ressl_learner` is where a user starts: it looks at the `DataLoaders`, builds the model, the views and the queue to fit, and
-returns an ordinary `Learner` whose `fit_one_cycle` trains. What is done with the encoder afterwards is in `transfer`.
+`ressl_learner` is where a user starts: it looks at the `DataLoaders`, builds the model, the views and the queue to
+fit, and returns an ordinary `Learner` whose `fit_one_cycle` trains. What is done with the encoder afterwards is in
+`transfer`.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 
@@ -120,7 +121,7 @@ class ReSSLLearner(Learner):
         rm_type_tfms:int=None, # As in fastai
         with_input:bool=False # Whether the image comes first
     ) -> tuple: # The embedding (dim,), three times, as fastai gives a prediction decoded and as it is
-        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; its features come from `embed`"
+        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; for features see `embed`"
         item = as_item(self.dls, item)
         # without `before_batch`: what pads boxes would miss them
         dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])

@@ -1,8 +1,9 @@
 """What the package knows of a fastai `DataLoaders`: its images without augmentation, its normalisation, parts of it.
 
-A user brings `DataLoaders` of any kind: from folders, tables or arrays, with labels or without, augmented or not. What this
-package asks of them is asked here: `clean_dl` gives the images as validation sees them, `first_images` looks at a few,
-`check_images` refuses what are no images, `same_normalize` keeps one normalisation for pretraining and all that follows.
+A user brings `DataLoaders` of any kind: from folders, tables or arrays, with labels or without, augmented or not.
+What this package asks of them is asked here: `clean_dl` gives the images as validation sees them, `first_images`
+looks at a few, `check_images` refuses what are no images, `same_normalize` keeps one normalisation for pretraining
+and all that follows.
 
 No other module looks into the transforms of a `DataLoader`. The `DataLoaders` themselves stay as they are, but for a
 `Normalize` that is added where none is.

@@ -1,8 +1,9 @@
 """Is it the same training? Settings and data as they can be kept, compared by name, and the split that is continued.
 
-A fit is continued only as the fit it was. `fit_settings` tells what its course depends on, by name, as text that is the same
-in every process; `fit_data` tells which images were where, in which order (`fingerprint`). What differs is said by
-`differences` and `other_data`; who is in which set does not count, since `continue_data` brings the split back.
+A fit is continued only as the fit it was. `fit_settings` tells what its course depends on, by name, as text that is
+the same in every process; `fit_data` tells which images were where, in which order (`fingerprint`). What differs is
+said by `differences` and `other_data`; who is in which set does not count, since `continue_data` brings the split
+back.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/same_fit.html.md"""
 
@@ -167,8 +168,8 @@ def _divided(dls, parts):
     "Give each loader the items with the numbers in its part, counted over all loaders"
     def plain(dl): return type(dl).__name__ in ('TfmdDL','TensorDL') and dl.n==len(dl.dataset)
     if not all(map(plain, dls.loaders)): raise ValueError(
-        "the images are divided otherwise than in the checkpoint, and loaders that weigh or choose items cannot be divided "
-        "again: use a splitter with a seed, or another folder for another fit")
+        "the images are divided otherwise than in the checkpoint, and loaders that weigh or choose items cannot be "
+        "divided again: use a splitter with a seed, or another folder for another fit")
     def pooled(lists): return pd.concat(lists) if isinstance(lists[0], pd.DataFrame) else [o for l in lists for o in l]
     def taken(pool, part):
         part = part.tolist()

@@ -1,8 +1,8 @@
 """Everything that a fit changes, to be kept on disk, or to be put back as if nothing had been.
 
-Beside model and optimizer, a fit changes gradients, the place in the schedules, random states, what callbacks count, files of
-loggers. `get_training_state` and `set_training_state` are for `Checkpoint`, which keeps them on disk; `unchanged` is for what
-should leave no trace, as `lr_find`.
+Beside model and optimizer, a fit changes gradients, the place in the schedules, random states, what callbacks count,
+files of loggers. `get_training_state` and `set_training_state` are for `Checkpoint`, which keeps them on disk;
+`unchanged` is for what should leave no trace, as `lr_find`.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/training_state.html.md"""
 
@@ -191,7 +191,7 @@ def _csvs(learn):
 def drop_lone_headers(
     learn:Learner # In a fit
 ):
-    "A process that was killed before its first checkpoint has left a header without rows: it is the one of this fit now"
+    "A process killed before its first checkpoint has left a header without rows: it is the one of this fit now"
     for cb in _csvs(learn):
         header = (','.join(cb.recorder.metric_names)+'\n').encode()
         cb.file.flush()

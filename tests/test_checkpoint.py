@@ -9,6 +9,7 @@ from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, CS
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from ressl_fastai import recipes  # learn.fit_warmup_cos
 from ressl_fastai.same_fit import fit_settings
 from ressl_fastai.callback import InfoNCEWarmup
 from ressl_fastai.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"`ressl_embed`: the file holds what `embed` gives, image by image, in every format; it is refused before the work or written whole."
+"`ressl_embed`: the file holds what `embed` gives, image by image, in every format, or is refused before the work."
 import sys
 
 import numpy as np
@@ -55,7 +55,8 @@ def read(file):
         return df.path.tolist(),df.label.tolist() if first==2 else None,df.iloc[:,first:].to_numpy(np.float32)
     if file.suffix=='.npy':
         o = np.load(file)                                     # without pickle
-        return o['path'].tolist(),o['label'].tolist() if 'label' in o.dtype.names else None,o['vector']
+        labels = o['label'].tolist() if 'label' in o.dtype.names else None
+        return o['path'].tolist(),labels,o['vector']
     o = torch.load(file, weights_only=True)
     return o['paths'],o['labels'],o['vectors'].numpy()
 
@@ -79,7 +80,8 @@ def test_a_file_holds_what_embed_gives(there, tmp_path, monkeypatch, capsys, suf
 def test_digits_are_all_embedded(there, tmp_path):
     ressl_embed(str(there/'run'), 'digits', str(tmp_path/'e.npy'))
     _,labels,x = read(tmp_path/'e.npy')
-    assert len(x)==1797 and np.bincount(np.array(labels, int)).tolist()==np.bincount(load_digits().target).tolist()
+    assert len(x)==1797
+    assert np.bincount(np.array(labels, int)).tolist()==np.bincount(load_digits().target).tolist()
 
 
 def test_parquet_needs_an_engine_and_says_so(there, tmp_path, monkeypatch):
@@ -109,7 +111,8 @@ def test_a_mistake_is_one_sentence_before_the_work(there, nm, monkeypatch, capsy
     monkeypatch.chdir(there)
     (there/'there.csv').write_text('mine')
     before = sorted(p.name for p in there.iterdir())
-    with pytest.raises(CliError) as e: ressl_embed(**{'encoder':'run', 'data':'flat', 'out':'e.csv', 'num_workers':0, **args})
+    usual = dict(encoder='run', data='flat', out='e.csv', num_workers=0)
+    with pytest.raises(CliError) as e: ressl_embed(**{**usual, **args})
     assert text in str(e.value) and '\n' not in str(e.value) and capsys.readouterr().out==''
     assert sorted(p.name for p in there.iterdir())==before and (there/'there.csv').read_text()=='mine'
 
@@ -117,12 +120,13 @@ def test_a_mistake_is_one_sentence_before_the_work(there, nm, monkeypatch, capsy
 def test_ctrl_c_writes_nothing(there, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(cli, 'embed', interrupt)
-    with pytest.raises(Interrupted): ressl_embed(str(there/'run'), str(there/'flat'), str(tmp_path/'e.csv'), num_workers=0)
-    assert capsys.readouterr().err.strip()=='ressl_embed: interrupted; nothing was written' and not any(tmp_path.iterdir())
+    with pytest.raises(Interrupted):
+        ressl_embed(str(there/'run'), str(there/'flat'), str(tmp_path/'e.csv'), num_workers=0)
+    assert capsys.readouterr().err.strip()=='ressl_embed: interrupted; nothing was written'
+    assert not any(tmp_path.iterdir())
 
 
-def test_images_of_another_kind_are_refused(there, tmp_path):
-    "A grey encoder opens colours as grey; its file says so"
+def test_a_grey_encoder_sees_colours_as_grey(there, tmp_path):
     (tmp_path/'ims').mkdir()
     for i in range(3): Image.new('RGB', (9,7), (10*i,200,3)).save(tmp_path/'ims'/f'{i}.png')
     ressl_embed(str(there/'run'), str(tmp_path/'ims'), str(tmp_path/'e.pt'), num_workers=0)
