@@ -16,6 +16,8 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/evaluate.html.md"""
 __all__ = ['embed', 'check_classes', 'knn_accuracy', 'KNNAccuracy', 'fit_logistic', 'linear_accuracy', 'linear_probe']
 
 # %% ../nbs/06_evaluate.ipynb #8962bfec
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,7 +75,8 @@ def embed(
     learn:Learner, # A `ressl_learner`, or what `load_learner` makes of its export
     dl:DataLoader=None, # Images to embed, `learn.dls.test_dl(files)` for new ones; default: the validation set
     teacher:bool=False, # The teacher instead of the student
-    projected:bool=False # The embeddings that the loss compares, as `predict` gives them, instead of the features
+    projected:bool=False, # The embeddings that the loss compares, as `predict` gives them, instead of the features
+    progress:bool=False # Whether to show a progress bar
 ) -> tuple: # (n, nf) features, or (n, dim) embeddings, in the order of `dl`'s items, and their targets or None
     "Features of clean (unaugmented, normalised) images; changes nothing about `learn`, nor the random state"
     net,dl = _part(get_model(learn.model), teacher, projected),learn.dls.valid if dl is None else dl
@@ -82,7 +85,8 @@ def embed(
     modes = [(m,m.training) for m in net.modules()]
     probe = Learner(learn.dls, net, loss_func=embedding_loss)
     try:
-        with no_random(), probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
+        bar = nullcontext() if progress else probe.no_bar()
+        with no_random(), bar, probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
     finally:
         for m,mode in modes: m.training = mode
     return x.float(),None if y is None or len(y)==0 else y

@@ -83,7 +83,7 @@ def why_precision(
 
 # %% ../nbs/05a_precision.ipynb #5a000024
 def _small_maps(model, shapes):
-    "Convolutions whose maps are smaller than kernel and stride together, with the shapes of the maps, for images of `shapes`"
+    "Convolutions whose maps are smaller than kernel and stride together, with the shapes of these maps"
     found,modes,p = {},[(m,m.training) for m in model.modules()],next(model.parameters())
     def note(m, args):
         x = args[0]

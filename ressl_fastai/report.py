@@ -42,7 +42,7 @@ from .files import write_text
 from .health import Guard, HealthMonitor
 from .interpret import (_classes, _embeddings, _name, _pictures, _plain, _spread, find_duplicates, find_outliers, plot_embeddings, show_neighbors,
                                     suggest_labels)
-from .label_efficiency import _components, _linear, draw_labels, pixel_features, plot_labels
+from .label_efficiency import _linear, draw_labels, pixel_features, plot_labels, principal_components
 from .models import ReSSLModel, get_arch
 from .recipes import shown as _show
 from .views import RandomView
@@ -281,7 +281,7 @@ def _accuracy(learn, seen):
     if not seen.valid.n: raise ValueError("there are no validation images")
     y,pairs = seen.valid_features[1],_pairs(seen)
     knn = {nm:f'{knn_accuracy(a, seen.y, b, y):.3f}' for nm,(a,b) in pairs.items()}
-    linear = {nm:linear_accuracy(*_with(seen.y, y, _components(*ab)))['top1'] for nm,ab in pairs.items()}
+    linear = {nm:linear_accuracy(*_with(seen.y, y, principal_components(*ab)))['top1'] for nm,ab in pairs.items()}
     return dict(head=('', 'nearest neighbours', 'linear'), rows=[(nm, knn[nm], f'{linear[nm]:.3f}') for nm in pairs],
                 text=f"On {seen.valid.n:,} validation images, with the labels of {seen.dl.n:,} training images; pretraining saw none. "
                      "The linear classifier has at most 128 principal components. Features that do not beat raw pixels are of no use here.",
@@ -294,7 +294,7 @@ def _few_labels(learn, seen):
     if not seen.valid.n: raise ValueError("there are no validation images")
     y,least,res = seen.valid_features[1].numpy(),seen.y.unique(return_counts=True)[1].min(),[]
     for row,nm in (('frozen features','student'), ('raw pixels','raw pixels')):
-        a,b = _components(*_pairs(seen)[nm])
+        a,b = principal_components(*_pairs(seen)[nm])
         predict = _linear(a, seen.y, b)
         for seed,n in [(seed, n) for seed in range(3) for n in (1,5,25) if n<=least]:
             res.append(dict(row=row, labels=n, accuracy=(predict(draw_labels(seen.y, n, seed=seed), seed)==y).mean()))
