@@ -43,11 +43,10 @@ from . import __version__
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls
-from .evaluate import KNNAccuracy, embed, knn_accuracy
+from .evaluate import KNNAccuracy, embed, knn_accuracy, pixel_features
 from .files import check_writable, hold, make_folder, to_disk, write_text, writing
 from .health import HealthMonitor
 from .images import PILImage16, look_at_files, readable_images, set_opener
-from .label_efficiency import pixel_features
 from .learner import ressl_learner
 from .models import get_arch
 from .recipes import _misfits, recipe as make_recipe

@@ -26,9 +26,9 @@ from pandas import DataFrame
 
 from . import __version__
 from .cli import _check_numbers, _command, _dls, _folder, _in_one_sentence, _wished, _write_json
-from .evaluate import embed, knn_accuracy, linear_accuracy
+from .evaluate import embed, knn_accuracy, linear_accuracy, pixel_features, principal_components
 from .files import check_writable, write_text, writing
-from .label_efficiency import _components, label_efficiency, pixel_features, plot_labels, summarize_labels
+from .label_efficiency import label_efficiency, plot_labels, summarize_labels
 from .loaders import clean_dl, first_images
 from .transfer import read_encoder, load_encoder
 from .models import ReSSLModel, create_encoder, get_arch
@@ -99,7 +99,7 @@ def _scores(learn, random_learn, k, protocol, seed):
     res = []
     for nm,((train_x,train_y),(x,y)) in feats.items():
         knn = knn_accuracy(train_x, train_y, x, y, k=k)
-        if nm=='raw pixels' and x.shape[1]>512: train_x,x = _components(train_x, x)
+        if nm=='raw pixels' and x.shape[1]>512: train_x,x = principal_components(train_x, x)
         linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
         res.append(dict(features=nm, knn=knn, **{f'linear_{t}':v for t,v in linear.items() if t.startswith('top')}))
     return DataFrame(res).set_index('features')
