@@ -3,6 +3,7 @@
 - `ressl_fastai.batch_norm`: Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
 - `ressl_fastai.checkpoint`: `Checkpoint('run')`: after a crash the same line goes on where the training was, bit for bit.
+- `ressl_fastai.checkpoint_file`: The file of a checkpoint: ordinary Python values as plain types, whole or not there, the last good one found.
 - `ressl_fastai.cli`: `ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
 - `ressl_fastai.cli_evaluate`: `ressl_evaluate ENCODER DATA`: how good an encoder is on a labelled folder, from the shell.
 - `ressl_fastai.curate`: Use what the encoder has learned before there are labels: find duplicates, outliers and clusters, and what to label first.
@@ -23,7 +24,9 @@
 - `ressl_fastai.precision`: bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
+- `ressl_fastai.same_fit`: Is it the same training? Settings and data as they can be kept, compared by name, and the split that is continued.
 - `ressl_fastai.teacher`: The teacher: an exponential moving average of the student that no gradient reaches.
+- `ressl_fastai.training_state`: Everything that a fit changes, to be kept on disk, or to be put back as if nothing had been.
 - `ressl_fastai.transfer`: The encoder is learnt: keep it in a file, make a classifier of it in one line, or put it into any fastai learner.
 - `ressl_fastai.views`: Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
 - `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code and of solo-learn."""

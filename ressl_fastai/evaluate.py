@@ -61,7 +61,7 @@ def embedding_loss(
 
 # %% ../nbs/06_evaluate.ipynb #19f87180
 def _check_normalize(dl, own):
-    "Refuse images that are not normalised as those the encoder was trained on: its features would be wrong without a sign of it"
+    "Refuse images normalised otherwise than in training: their features would be wrong without a sign of it"
     got,want = normalize_stats(dl),normalize_stats(own)
     if not same_stats(got, want): raise ValueError(
         f"dl must have the Normalize of the learner's own dls, mean and std {want}, got {got}")
@@ -180,15 +180,17 @@ def check_classes(
     "Raise a `ValueError` unless `y` holds whole numbers (n,)"
     if y is None: raise ValueError(f"{nm} must hold one category per image, got images without labels")
     if y.ndim!=1 or y.is_floating_point() or y.dtype==torch.bool: raise ValueError(
-        f"{nm} must hold one category per image, whole numbers of shape (n,), got {y.dtype} of shape {tuple(y.shape)}: with several labels per image or "
-        "with regression targets, train a classifier or regressor on the encoder and use fastai's metrics")
+        f"{nm} must hold one category per image, whole numbers of shape (n,), got {y.dtype} of shape {tuple(y.shape)}: "
+        "with several labels per image or with regression targets, train a classifier or regressor on the encoder "
+        "and use fastai's metrics")
 
 def _check_features(train_x, train_y, x, y):
     for nm,a,b in (('train_',train_x,train_y), ('',x,y)):
         check_classes(b, nm+'y')
         if a.ndim!=2 or len(a)!=len(b) or not len(a): raise ValueError(
             f"{nm}x must be (n, dim) and {nm}y (n,) with n > 0, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    if train_x.shape[1]!=x.shape[1]: raise ValueError(f"train_x and x must have one width, got {train_x.shape[1]} and {x.shape[1]}")
+    if train_x.shape[1]!=x.shape[1]: raise ValueError(
+        f"train_x and x must have one width, got {train_x.shape[1]} and {x.shape[1]}")
 
 def _labelled(x, y, nm=''):
     "Features and classes of the images that have a label"
@@ -202,7 +204,7 @@ def knn_accuracy(
     train_y:Tensor, # (n,) its classes, whole numbers; those below 0 have no label and take no part
     x:Tensor, # (m, dim) features to classify
     y:Tensor, # (m,) their classes
-    k:int=20, # Neighbours that vote, all n if there are fewer; the field reports 200 where each class has thousands of images
+    k:int=20, # Neighbours that vote, all n if there are fewer; 200 are usual where classes have thousands of images
     temp:float=0.1, # A neighbour's vote weighs exp(similarity/temp)
     chunk:int=2**24 # Similarities in memory at a time, about
 ) -> float: # Share classified rightly, in [0, 1]
@@ -281,7 +283,7 @@ def fit_logistic(
     scale_x:Tensor=None, # (m, dim) features, labelled or not, for mean and standard deviation; default: `x`
     seed:int=0 # For the choice of the images held out
 ) -> BaseEstimator: # scikit-learn's pipeline, fitted: `predict`, `score` and `predict_proba` take arrays (m, dim)
-    "Logistic regression on standardised features, its penalty chosen by cross-validation, in at most 300 iterations each"
+    "Logistic regression on standardised features, its penalty chosen by cross-validation, at most 300 iterations each"
     x,y = np.asarray(x, dtype=np.float32),np.asarray(y)
     scaler,counts = StandardScaler().fit(np.asarray(ifnone(scale_x, x))),np.unique(y, return_counts=True)[1]
     if len(counts)<2: raise ValueError(f"y must hold at least two classes, got {len(counts)}")
@@ -293,7 +295,7 @@ def fit_logistic(
         search = StratifiedShuffleSplit(1, test_size=max(-(-len(y)//5), len(counts)), random_state=seed)
     # few images: threads that wait for each other take several times as long as one
     with threadpool_limits(1 if len(y)<=2000 else None), warnings.catch_warnings():
-        warnings.simplefilter('ignore', ConvergenceWarning)  # a penalty so weak is seldom the best, nor its end any better
+        warnings.simplefilter('ignore', ConvergenceWarning)  # so weak a penalty is seldom the best
         if search is None: return make_pipeline(scaler, clf.fit(x, y))
         search = GridSearchCV(clf, {'C':list(Cs)}, cv=search).fit(x, y)
     return make_pipeline(scaler, search.best_estimator_)
@@ -307,7 +309,8 @@ def _sgd_epochs(x, y, n_classes, protocol, lr, n_epoch, seed):
     nn.init.normal_(net.weight, std=0.01, generator=rng); nn.init.zeros_(net.bias)
     opt = torch.optim.SGD(net.parameters(), ifnone(lr, _lrs[protocol]), momentum=0.9, nesterov=True)
     steps = [int(0.6*n_epoch), int(0.8*n_epoch)]
-    sched = torch.optim.lr_scheduler.MultiStepLR(opt, steps) if protocol=='step' else torch.optim.lr_scheduler.CosineAnnealingLR(opt, n_epoch)
+    schedulers = torch.optim.lr_scheduler
+    sched = schedulers.MultiStepLR(opt, steps) if protocol=='step' else schedulers.CosineAnnealingLR(opt, n_epoch)
     for _ in range(n_epoch):
         for idxs in torch.randperm(len(x), generator=rng).split(256):
             F.cross_entropy(net(x[idxs]), y[idxs]).backward()
@@ -330,9 +333,10 @@ def linear_accuracy(
     lr:float=None, # Learning rate of the SGD protocols, > 0; default: 30 for 'step', 1 for 'cosine'
     n_epoch:int=100, # Epochs of the SGD protocols
     seed:int=0 # For held-out images, first weights and batches
-) -> dict: # 'top1' and 'top5' in [0, 1]; with SGD those of the last epoch, and 'best' the highest top-1 of any; with 'logistic' the 'C' chosen
+) -> dict: # 'top1', 'top5' in [0, 1]; with SGD of the last epoch, 'best' the highest top-1 of any; else the 'C' chosen
     "Accuracy of a linear classifier on frozen features"
-    if protocol not in ('logistic',*_lrs): raise ValueError(f"protocol must be 'logistic', 'step' or 'cosine', got {protocol!r}")
+    if protocol not in ('logistic',*_lrs): raise ValueError(
+        f"protocol must be 'logistic', 'step' or 'cosine', got {protocol!r}")
     if lr is not None and not lr>0: raise ValueError(f"lr must be greater than 0, got {lr}")
     if n_epoch<1: raise ValueError(f"n_epoch must be at least 1, got {n_epoch}")
     _check_features(train_x, train_y, x, y)
@@ -343,7 +347,8 @@ def linear_accuracy(
         clf = fit_logistic(train_x, train_y, seed=seed)
         return dict(**both(*map(torch.as_tensor, (clf.predict_log_proba(x.numpy()),clf.classes_))), C=clf[-1].C)
     classes,labels = train_y.unique(return_inverse=True)
-    history = [both(net(x.float()).detach(), classes) for net in _sgd_epochs(train_x.float(), labels, len(classes), protocol, lr, n_epoch, seed)]
+    nets = _sgd_epochs(train_x.float(), labels, len(classes), protocol, lr, n_epoch, seed)
+    history = [both(net(x.float()).detach(), classes) for net in nets]
     return dict(**history[-1], best=max(o['top1'] for o in history))
 
 # %% ../nbs/06_evaluate.ipynb #ba1e8a10

@@ -1,10 +1,11 @@
 """One way to write files, one way to read them back, and a lock for folders: nothing that was finished is lost.
 
-A training of days ends in files. Everything that this package writes goes through `writing`: it is written aside, brought to the disk and then renamed. Whoever looks, also
-after a full disk, a kill or a power cut, sees the earlier file or the new one, and no half.
+A training of days ends in files. Everything that this package writes goes through `writing`: it is written aside,
+brought to the disk and then renamed. Whoever looks, also after a full disk, a kill or a power cut, sees the earlier
+file or the new one, and no half.
 
-Tensors go through `write_torch` and come back through `read_torch`. Such a file is what `torch.save` makes, with a checksum over all of it at its end: `torch.load` reads it as
-ever, and `read_torch` finds every wrong bit.
+Tensors go through `write_torch` and come back through `read_torch`. Such a file is what `torch.save` makes, with a
+checksum over all of it at its end: `torch.load` reads it as ever, and `read_torch` finds every wrong bit.
 
 `hold` reserves a folder for one process, `check_writable` asks before the work whether its result can be written.
 
@@ -83,7 +84,7 @@ def disk_errors(
 def replacing(
     file:str|Path # Where it will be; its folder is made
 ): # An open binary file, also readable
-    "What is written inside becomes `file` at the end of the block, whole and on the disk; after an error nothing has changed"
+    "What is written inside becomes `file` at the end of the block, whole and on the disk; an error leaves all as it is"
     file = Path(file)
     with disk_errors(file):
         make_folder(file.parent)
@@ -178,7 +179,8 @@ def read_torch(
         except OSError: raise
         except Exception as e:  # PyTorch's words advise to load it in a way that runs code
             code = re.search(r'GLOBAL (\S+)', str(e))
-            raise ValueError(f"it holds GLOBAL {code[1]}, and objects beside tensors are not loaded" if code else "it is damaged, or no file of PyTorch's") from e
+            raise ValueError(f"it holds GLOBAL {code[1]}, and objects beside tensors are not loaded" if code
+                             else "it is damaged, or no file of PyTorch's") from e
 
 # %% ../nbs/00a_files.ipynb #0a000020
 def _lock(f):
@@ -200,8 +202,11 @@ def hold(
     try: _lock(lock)
     except OSError as e:
         lock.close()
-        if e.errno in (EACCES,EAGAIN): raise ValueError(f"{folder} is in use: another process is training into it") from e
-        warnings.warn(f"{folder} cannot be reserved, its file system has no locks ({e}): see to it that one process alone trains into it")
+        if e.errno in (EACCES,EAGAIN): raise ValueError(
+            f"{folder} is in use: another process is training into it") from e
+        warnings.warn(
+            f"{folder} cannot be reserved, its file system has no locks ({e}): see to it that one process alone trains "
+            "into it")
         return None
     return lock
 

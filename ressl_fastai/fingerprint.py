@@ -1,11 +1,14 @@
 """What a training's data are, in a few short texts: the same in every process, and able to say what differs.
 
-Two trainings are on the same data if their images, labels and transforms are the same, wherever the folder lies and whichever process asks. `digest` gives any value a short text
-that is the same for the same value, today and after a restart. `data_fingerprint` uses it to describe `DataLoaders` by parts with names, so that a difference can be said in words:
-`Checkpoint` refuses to go on with other data, and what was decoded once is used again only for the images that it was made from.
+Two trainings are on the same data if their images, labels and transforms are the same, wherever the folder lies and
+whichever process asks. `digest` gives any value a short text that is the same for the same value, today and after a
+restart. `data_fingerprint` uses it to describe `DataLoaders` by parts with names, so that a difference can be said in
+words: `Checkpoint` refuses to go on with other data, and what was decoded once is used again only for the images that
+it was made from.
 
-Nothing is decoded where items lead to files: of each file the size is read, and of a thousand of them the first and last kilobytes. So 100,000 files take seconds. A file that
-changes in place, with the same number of bytes, is found if it is among the thousand, or by its time, which is a part of its own: copying a folder changes it, too.
+Nothing is decoded where items lead to files: of each file the size is read, and of a thousand of them the first and
+last kilobytes. So 100,000 files take seconds. A file that changes in place, with the same number of bytes, is found
+if it is among the thousand, or by its time, which is a part of its own: copying a folder changes it, too.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/fingerprint.html.md"""
 
@@ -34,7 +37,8 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/03c_fingerprint.ipynb #3c000007
-_known = {__name__.split('.')[0], 'fastai', 'fastcore', 'fasttransform', 'fastprogress', 'plum', 'torch', 'torchvision', 'numpy', 'pandas', 'PIL'}
+_known = {__name__.split('.')[0], 'fastai', 'fastcore', 'fasttransform', 'fastprogress', 'plum', 'torch',
+          'torchvision', 'numpy', 'pandas', 'PIL'}
 
 @functools.lru_cache(None)
 def _holds_packages(folder):
@@ -238,7 +242,7 @@ def _files(tls):
 
 def item_fingerprints(
     dls # fastai `DataLoaders`
-) -> list: # Of each loader a table of whole numbers, one row per item: item, size, time, label, bytes (0: not in the sample)
+) -> list: # Of each loader a table of whole numbers: item, size, time, label, bytes (0: not in the sample)
     "Who the items are and what their files are, without decoding them"
     with no_random(reproducible=False):
         loaders = [(dl,_lists(dl)) for dl in dls.loaders]
@@ -270,7 +274,8 @@ def _describe(
 ) -> str: # As `Resize(size=(16, 16)) 1f0c92`
     "Name, short parameters and digest of a transform"
     hidden = 'order','split_idx'
-    shown = {k:_placeless(v) for k,v in _parameters(f).items() if _short(v) and not k.startswith('_') and k not in hidden}
+    public = {k:v for k,v in _parameters(f).items() if not k.startswith('_') and k not in hidden}
+    shown = {k:_placeless(v) for k,v in public.items() if _short(v)}
     name = f.name if type(f) is Transform else type(f).__name__
     return f"{name}({', '.join(f'{k}={v}' for k,v in shown.items())}) {digest(f, 3)}"
 

@@ -1,9 +1,10 @@
 r"""Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
 
-A relational loss says little by itself: with a queue of `K` images it is near $\ln K$ at the start, its floor is the teacher's entropy, and a collapsed network shows $\ln K$
-for ever. This module holds the measures that do tell, as pure functions of tensors (`effective_neighbors`, `student_teacher_kl`, `feature_std`, `effective_rank`, `teacher_distance`),
-and two callbacks: `Guard` stops a training that has gone wrong, `HealthMonitor` puts the measures into fastai's progress table and draws them.
-No label takes part.
+A relational loss says little by itself: with a queue of `K` images it is near $\ln K$ at the start, its floor is the
+teacher's entropy, and a collapsed network shows $\ln K$ for ever. This module holds the measures that do tell, as
+pure functions of tensors (`effective_neighbors`, `student_teacher_kl`, `feature_std`, `effective_rank`,
+`teacher_distance`), and two callbacks: `Guard` stops a training that has gone wrong, `HealthMonitor` puts the
+measures into fastai's progress table and draws them. No label takes part.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/health.html.md"""
 
@@ -30,7 +31,7 @@ from fastcore.foundation import L
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from .callback import _OnItsWay, _value
+from .callback import OnItsWay, scheduled
 from .losses import relation, ressl_loss
 from .loaders import clean_dl
 
@@ -59,7 +60,8 @@ def student_teacher_kl(
     teacher_temp:float=0.04 # Temperature of the teacher's relation, > 0
 ) -> Tensor: # Scalar in nats, at least 0
     "Divergence of the student's relations from the teacher's: the loss without the teacher's entropy"
-    return ressl_loss(z_student, z_teacher, queue, student_temp, teacher_temp) - entropy(relation(z_teacher, queue, teacher_temp)).mean()
+    target = relation(z_teacher, queue, teacher_temp)
+    return ressl_loss(z_student, z_teacher, queue, student_temp, teacher_temp) - entropy(target).mean()
 
 # %% ../nbs/05b_health.ipynb #h16std
 def feature_std(
@@ -94,34 +96,47 @@ def _finite(m): return all(p.isfinite().all() for p in m.parameters())
 
 def _why_nan(learn, net, z_teacher):
     "What is not finite, from the input on"
-    if not all(x.isfinite().all() for x in (*learn.xb, learn.ressl.x_teacher)): return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
+    if not all(x.isfinite().all() for x in (*learn.xb, learn.ressl.x_teacher)):
+        return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
     for nm,m in (('student',nn.Sequential(net.student, net.predictor)), ('teacher',net.teacher)):
-        if not _finite(m): return f"The weights of the {nm} are not finite: load an earlier checkpoint and go on with a lower learning rate, or with GradientClip."
-    if not net.queue.feats.isfinite().all(): return "The queue holds embeddings that are not finite: `learn.model.queue.count.zero_()` has it filled anew at the next fit."
-    if not z_teacher.isfinite().all(): return "The network overflows in the teacher: try to_bf16 or to_fp32 in place of to_fp16, or a lower learning rate."
-    return "The network overflows in the student: try a lower learning rate, GradientClip, or to_bf16 or to_fp32 in place of to_fp16."
+        if not _finite(m): return (f"The weights of the {nm} are not finite: load an earlier checkpoint and go on "
+                                   "with a lower learning rate, or with GradientClip.")
+    if not net.queue.feats.isfinite().all():
+        return ("The queue holds embeddings that are not finite: `learn.model.queue.count.zero_()` has it filled anew "
+                "at the next fit.")
+    if not z_teacher.isfinite().all():
+        return ("The network overflows in the teacher: try to_bf16 or to_fp32 in place of to_fp16, or a lower "
+                "learning rate.")
+    return ("The network overflows in the student: try a lower learning rate, GradientClip, or to_bf16 or to_fp32 "
+            "in place of to_fp16.")
 
 def _why_not(net, loss):
     "What is not finite behind a finite loss"
     for nm,b in net.named_buffers():
-        if not b.isfinite().all(): return f"the loss is {loss:.3g}, but {nm} overflows: look for images with very large values in this batch."
+        if not b.isfinite().all():
+            return f"the loss is {loss:.3g}, but {nm} overflows: look for images with very large values in this batch."
     bad = first(nm for nm,p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    return f"the loss is {loss:.3g}, but the gradient of {bad or 'the weights'} is not finite: try precision='float32', a lower learning rate, or GradientClip."
+    return (f"the loss is {loss:.3g}, but the gradient of {bad or 'the weights'} is not finite: "
+            "try precision='float32', a lower learning rate, or GradientClip.")
 
 _words = dict(
-    collapse="all images get almost the same embedding (feature_std {std:.3f}, 1 is healthy; effective rank {rank:.1f} of {most}). Try a lower learning rate, a teacher_temp well below "
-        "student_temp, projector_bn=True, a teacher_momentum nearer 1, or InfoNCEWarmup. A collapsed network does not recover: start again, or from an earlier checkpoint.",
-    equal="all embeddings in the queue are the same although the batch's differ: the queue is dead. Something beside ReSSL wrote to it, or a file was loaded into it: "
-        "`learn.model.queue.count.zero_()` has it filled anew at the next fit.",
-    uniform="the teacher relates every image to all {K} images of the queue alike (the loss is {loss:.2f}, ln K is {ln_k:.2f}): its target says nothing. Try a lower teacher_temp, "
-        "InfoNCEWarmup, or a lower learning rate.",
-    stale="no embedding has joined the queue for {n} steps, so teacher and queue stand still. Usually the optimizer's steps are skipped, by an overflow of fp16 at each step: "
-        "try to_bf16 or to_fp32, or a lower learning rate.",
-    fast="the weights are {growth:.3g} times as large as {since} steps before: the learning rate of {lr:.3g} is too high, and the encoder gets worse than a random one. Try a tenth of it, "
-        "or what learn.lr_find() suggests, from the start or from an earlier checkpoint.")
+    collapse="all images get almost the same embedding (feature_std {std:.3f}, 1 is healthy; effective rank {rank:.1f} "
+        "of {most}). Try a lower learning rate, a teacher_temp well below student_temp, projector_bn=True, a "
+        "teacher_momentum nearer 1, or InfoNCEWarmup. A collapsed network does not recover: start again, or from an "
+        "earlier checkpoint.",
+    equal="all embeddings in the queue are the same although the batch's differ: the queue is dead. Something beside "
+        "ReSSL wrote to it, or a file was loaded into it: `learn.model.queue.count.zero_()` has it filled anew at the "
+        "next fit.",
+    uniform="the teacher relates every image to all {K} images of the queue alike (the loss is {loss:.2f}, ln K is "
+        "{ln_k:.2f}): its target says nothing. Try a lower teacher_temp, InfoNCEWarmup, or a lower learning rate.",
+    stale="no embedding has joined the queue for {n} steps, so teacher and queue stand still. Usually the optimizer's "
+        "steps are skipped, by an overflow of fp16 at each step: try to_bf16 or to_fp32, or a lower learning rate.",
+    fast="the weights are {growth:.3g} times as large as {since} steps before: the learning rate of {lr:.3g} is too "
+        "high, and the encoder gets worse than a random one. Try a tenth of it, or what learn.lr_find() suggests, from "
+        "the start or from an earlier checkpoint.")
 
 # %% ../nbs/05b_health.ipynb #h26guard
-def _get(o): return o.get() if isinstance(o, _OnItsWay) else o
+def _get(o): return o.get() if isinstance(o, OnItsWay) else o
 
 @torch.no_grad()
 def _size_of_weights(net):
@@ -134,16 +149,17 @@ def _copy(to, of):
     if to: torch._foreach_copy_(to, of)
 
 class Guard(Callback):
-    "Stops a training that has gone wrong and says what happened and what to try: NaN, collapse, weights that explode, a dead or stale queue"
+    "Stops a training that has gone wrong (NaN, collapse, weights that explode, a dead or stale queue) and says what to try"
     order,run_valid,remove_on_fetch = GradientAccumulation.order-1,False,True  # sees the loss of every part of a batch
     def __init__(self,
         action:str='stop', # 'stop' ends the fit and leaves the learner usable; 'warn' says each thing once and goes on
-        every:int=50, # Optimizer steps between two looks at the embeddings, at least 1; for collapse and a learning rate that is too high also after 10, 20 and 40
+        every:int=50, # Optimizer steps between two looks at the embeddings, at least 1; a few looks come earlier
         patience:int=3 # Looks in a row that must find the same before it is said, at least 1
     ):
         if action not in ('stop','warn'): raise ValueError(f"action must be 'stop' or 'warn', got {action!r}")
         for nm,val in (('every',every), ('patience',patience)):
-            if not isinstance(val, int) or val<1: raise ValueError(f"{nm} must be a whole number of at least 1, got {val!r}")
+            if not isinstance(val, int) or val<1: raise ValueError(
+                f"{nm} must be a whole number of at least 1, got {val!r}")
         store_attr()
         self.alarms = []
 
@@ -164,7 +180,7 @@ class Guard(Callback):
         "Asks whether the loss is finite without waiting for the device"
         if not self.active: return
         finite = self.learn.loss.detach().isfinite()
-        self.finite = _OnItsWay(finite) if finite.is_cuda else finite
+        self.finite = OnItsWay(finite) if finite.is_cuda else finite
 
     def before_step(self):
         "What is not finite never reaches the weights"
@@ -175,18 +191,21 @@ class Guard(Callback):
             return self._undo(f"the loss is {self.learn.loss.item()}. {why} This step was not taken.")
         self._judge()
         if not all(math.isfinite(h['lr']) for h in self.learn.opt.hypers):
-            return self._undo(f"the learning rate is {self.learn.opt.hypers[-1]['lr']}: it must be a finite number. This step was not taken.")
+            lr = self.learn.opt.hypers[-1]['lr']
+            return self._undo(f"the learning rate is {lr}: it must be a finite number. This step was not taken.")
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         floats = [b for b in self.statistics if b.is_floating_point()]
         mixed = getattr(self.learn, 'mixed_precision', None)
         scaled = mixed is not None and mixed.amp_mode==AMPMode.FP16  # its scaler looks at the gradients
-        whole = torch.stack(torch._foreach_norm(floats+grads*(not scaled))).isfinite().all() if floats or grads else self.learn.loss.new_tensor(True)
+        watched = floats if scaled else floats+grads
+        if watched: whole = torch.stack(torch._foreach_norm(watched)).isfinite().all()
+        else: whole = self.learn.loss.new_tensor(True)
         _copy(self.latest, self.statistics)
         if whole.is_cuda:  # a GPU says so one step later: what is not finite becomes 0 until then
             for g in [] if scaled else grads: g.masked_fill_(~whole, 0)
-            whole = _OnItsWay(whole)
+            whole = OnItsWay(whole)
         self.whole = whole
-        if not isinstance(whole, _OnItsWay): self._judge()
+        if not isinstance(whole, OnItsWay): self._judge()
 
     def _judge(self):
         "The statistics of the latest batch are good ones, if they and the gradients were finite"
@@ -214,14 +233,17 @@ class Guard(Callback):
         self.due = False
         signs,facts = self._look()
         for nm,sign in signs.items():
-            if self.early and nm not in ('collapse','fast'): continue  # the others are no sign in a training that has only begun
+            # the others are no sign in a training that has only begun
+            if self.early and nm not in ('collapse','fast'): continue
             self.found[nm] = self.found.get(nm, 0)+1 if sign else 0
-            if self.found[nm]>=(min(2, self.patience) if nm=='fast' else self.patience): return self._say(nm, _words[nm].format(**facts))
+            patience = min(2, self.patience) if nm=='fast' else self.patience
+            if self.found[nm]>=patience: return self._say(nm, _words[nm].format(**facts))
 
     def _say(self, nm, text):
         if nm in self.said: return
         self.said.add(nm)
-        self.alarms.append(f"{'Training stopped' if self.action=='stop' else 'Warning'} in epoch {self.epoch} after {self.n_steps} steps: {text}")
+        what = 'Training stopped' if self.action=='stop' else 'Warning'
+        self.alarms.append(f"{what} in epoch {self.epoch} after {self.n_steps} steps: {text}")
         print(self.alarms[-1])
         if self.action=='warn': return
         self.learn.opt.zero_grad()
@@ -235,21 +257,26 @@ def _look(self:Guard):
     ressl,queue = self.learn.ressl,get_model(self.learn.model).queue.filled
     zt,zs = (z.detach()[:256].float() for z in (ressl.z_teacher, self.learn.pred))
     if len(zt)<2: return {},{}
-    K,temp = len(queue),_value(ressl.teacher_temp, ressl.progress)
+    K,temp = len(queue),scheduled(ressl.teacher_temp, ressl.progress)
     newest = queue[(get_model(self.learn.model).queue.ptr - 1 - torch.arange(min(K, 8), device=queue.device))%K]
     std,rank = max(map(feature_std, (zt, zs))).item(),max(map(effective_rank, (zt, zs))).item()
     used = effective_neighbors(zt, queue, temp).mean().item()/K
     plain = not (ressl.warmup and ressl.warmup(ressl.progress, self.learn.n_epoch))  # InfoNCE needs no relations
-    signs = dict(collapse=rank<1.1 or (rank<min(3, 1+min(zt.shape)/16) and std<0.2), equal=feature_std(queue)<1e-3, uniform=plain and used>0.998,
+    signs = dict(collapse=rank<1.1 or (rank<min(3, 1+min(zt.shape)/16) and std<0.2),
+                 equal=feature_std(queue)<1e-3,
+                 uniform=plain and used>0.998,
                  stale=self.newest is not None and torch.equal(newest, self.newest))
     if not self.early: self.newest = newest
-    # healthy trainings grow by less than a third in their first 100 steps, those with ten times the right learning rate to twice, with 30 times to five times
-    self.sizes = {n:o for n,o in self.sizes.items() if n>=self.n_steps-100} | {self.n_steps: _size_of_weights(get_model(self.learn.model))}
+    # healthy trainings grow by less than a third in their first 100 steps, those with ten times the right learning
+    # rate to twice, with 30 times to five times
+    self.sizes = {n:o for n,o in self.sizes.items() if n>=self.n_steps-100}
+    self.sizes[self.n_steps] = _size_of_weights(get_model(self.learn.model))
     then,now = first(self.sizes),self.sizes[self.n_steps]
     growth = now/max(self.sizes[then], 1e-12)
     signs['fast'] = growth>3
-    return signs,dict(std=std, rank=rank, most=min(zt.shape), loss=self.learn.loss.item(), ln_k=math.log(K), K=K, n=self.every*self.patience,
-                       growth=growth, since=self.n_steps-then, lr=self.learn.opt.hypers[-1]['lr'])
+    facts = dict(std=std, rank=rank, most=min(zt.shape), loss=self.learn.loss.item(), ln_k=math.log(K), K=K,
+                 n=self.every*self.patience, growth=growth, since=self.n_steps-then, lr=self.learn.opt.hypers[-1]['lr'])
+    return signs,facts
 
 # %% ../nbs/05b_health.ipynb #h28monc
 good_values = dict(  # of the measures of `HealthMonitor`: what each is, and what is good
@@ -276,7 +303,8 @@ class HealthMonitor(Callback):
         n:int=1024 # Validation images looked at, at most
     ):
         columns = L(columns) if columns else L(self.names)
-        if bad := columns.filter(lambda c: c not in self.names): raise ValueError(f"columns must be among {', '.join(self.names)}, got {', '.join(map(str, bad))}")
+        if bad := columns.filter(lambda c: c not in self.names): raise ValueError(
+            f"columns must be among {', '.join(self.names)}, got {', '.join(map(str, bad))}")
         if not isinstance(n, int) or n<2: raise ValueError(f"n must be a whole number of at least 2, got {n!r}")
         store_attr('columns,n')
         self.history = []
@@ -286,7 +314,8 @@ class HealthMonitor(Callback):
         self.active,self.new_fit,self.images = False,True,None
         self.wanted = hasattr(self.learn, 'ressl') and hasattr(self.learn, 'recorder') and not hasattr(self.learn, 'lr_finder')
         if self.wanted and self.learn.dls.valid.n==0:
-            raise ValueError("HealthMonitor measures on validation images, dls holds none out: split some off, or leave it out")
+            raise ValueError(
+                "HealthMonitor measures on validation images, dls holds none out: split some off, or leave it out")
         if self.wanted: self.recorder.metric_names = _insert(self.recorder.metric_names, self.columns, self.recorder.add_time)
 
     def before_train(self):
@@ -351,7 +380,7 @@ def _age(joined, count):
 def _measure(self:HealthMonitor) -> dict: # One number for each of `names`
     "All measures, on the validation images seen"
     net,ressl = get_model(self.learn.model),self.learn.ressl
-    queue,temp = net.queue.filled,_value(ressl.teacher_temp, ressl.progress)
+    queue,temp = net.queue.filled,scheduled(ressl.teacher_temp, ressl.progress)
     zs,zt = torch.cat(self.students)[:self.n],torch.cat(self.teachers)[:self.n]
     ents = torch.cat([entropy(relation(z, queue, temp)) for z in zt.split(64)])
     kl = ressl_loss(zs, zt, queue, ressl.student_temp, temp) - ents.mean()

@@ -1,8 +1,10 @@
 """One opener for all images: as viewers show them, with the file named in every error, and no bit cut off in silence.
 
-fastai opens any file that PIL can open and takes its pixels as they lie in the file. A photograph of a phone then lies on its side (its orientation is in EXIF), what is transparent
-shows the colours hidden below, 16 bits are cut off at 255, only the first page of a TIFF is seen, and an error often does not say which file it was. So the package's learners open
-every image with `OpenImage`: training, validation, `embed`, pictures, `cached_dls`, `predict`, the learners that `to_vision_learner` makes, and what they export.
+fastai opens any file that PIL can open and takes its pixels as they lie in the file. A photograph of a phone then
+lies on its side (its orientation is in EXIF), what is transparent shows the colours hidden below, 16 bits are cut off
+at 255, only the first page of a TIFF is seen, and an error often does not say which file it was. So the package's
+learners open every image with `OpenImage`: training, validation, `embed`, pictures, `cached_dls`, `predict`, the
+learners that `to_vision_learner` makes, and what they export.
 
 | In the file | What the network sees |
 |---|---|
@@ -10,7 +12,7 @@ every image with `OpenImage`: training, validation, `embed`, pictures, `cached_d
 | transparency, in any mode | the picture on white; `background = 'black'` in a class of your own for another colour |
 | palette, CMYK, one bit, grey | RGB, or grey with `ImageBlock(PILImageBW)` |
 | more than 8 bits per grey value, floats | an error with the remedy: `PILImage16` or `PILImage12` |
-| several pages of a TIFF | an error; smaller copies of the first page are allowed, and an animation's first picture is taken |
+| several pages of a TIFF | an error; smaller copies of the first are allowed; an animation gives its first picture |
 | anything that cannot be decoded | an `ImageError` with the file, also from a worker |
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/images.html.md"""
@@ -41,7 +43,7 @@ from fasttransform import Transform, compose_tfms
 from PIL import ExifTags, Image
 from torch import Tensor
 
-# Odd files (very large, damaged EXIF) would tear every progress bar; a filter of the user's own goes first, and errors stay
+# Odd files (very large, damaged EXIF) would tear every progress bar; a filter of the user's own goes first
 warnings.filterwarnings('ignore', module=r'PIL\.', append=True)
 
 # %% ../nbs/02b_images.ipynb #3a000009
@@ -53,7 +55,8 @@ def readable_images(
 ) -> L: # The paths that can be read, in their order
     "Open every file once, in parallel: for `DataBlock(get_items=...)`, before days of training"
     files = L(files)
-    good = parallel(verify_image, files, threadpool=torch.cuda.is_initialized())  # a process that has started CUDA must not be forked
+    # a process that has started CUDA must not be forked
+    good = parallel(verify_image, files, threadpool=torch.cuda.is_initialized())
     bad = L(f for f,ok in zip(files, good) if not ok)
     if not bad: return files
     text = f"{len(bad)} of {len(files)} images cannot be read: {_named(bad)}"
@@ -65,7 +68,8 @@ def readable_images(
 # %% ../nbs/02b_images.ipynb #3a000012
 class ImageError(ValueError):
     "An image that cannot be used, and what to do about it"
-    def __init__(self, text): super().__init__(text.rpartition('ImageError: ')[2].strip())  # torch adds the traceback of a worker before it
+    def __init__(self, text):  # torch adds the traceback of a worker before it
+        super().__init__(text.rpartition('ImageError: ')[2].strip())
 
 def _name(file):
     if isinstance(file, (str,Path)): return str(file)
@@ -79,16 +83,19 @@ def _naming(file):
     except Exception as e:
         if getattr(e, 'filename', None) is not None: raise
         smaller = 'make it smaller, ' if isinstance(e, Image.DecompressionBombError) else ''
-        raise ImageError(f"{_name(file)} cannot be read ({e or type(e).__name__}): {smaller}remove it, or leave such files out, "
+        raise ImageError(f"{_name(file)} cannot be read ({e or type(e).__name__}): {smaller}remove it, or leave "
+                         "such files out, "
                          "readable_images(files, skip_bad=True) gives the others") from e
 
 # %% ../nbs/02b_images.ipynb #3a000021
-_turns = dict(enumerate([Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90], 2))
+_turns = dict(enumerate([Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+                         Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90], 2))
 
-_exif = {'exif','xmp','XML:com.adobe.xmp','Raw profile type exif','Raw profile type APP1'}  # where PIL keeps it; it turns TIFFs itself
+# where PIL keeps it; it turns TIFFs itself
+_exif = {'exif','xmp','XML:com.adobe.xmp','Raw profile type exif','Raw profile type APP1'}
 
 def _turn(im):
-    "How to turn `im` upright, None if it is; `ImageOps.exif_transpose` also writes EXIF, which fails where that is damaged"
+    "How to turn `im` upright, None if it is; `ImageOps.exif_transpose` writes EXIF, too, which fails if it is damaged"
     if _exif.isdisjoint(im.info): return None
     try: return _turns.get(im.getexif().get(ExifTags.Base.Orientation))
     except Exception: return None  # viewers show a picture with damaged EXIF as it lies
@@ -107,7 +114,8 @@ def _opened(file):
     if isinstance(file, Image.Image): im = file.copy()
     else:
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as im:
-            if (n := _pages(im))>1: raise ImageError(f"{_name(file)} has {n} pages, of which only the first would be seen: save each as a file of its own")
+            if (n := _pages(im))>1: raise ImageError(
+                f"{_name(file)} has {n} pages, of which only the first would be seen: save each as a file of its own")
             im.load()
     turn = _turn(im)
     return im._new(im.im) if turn is None else im.transpose(turn)
@@ -119,17 +127,23 @@ def _to_8_bits(im, bits, file):
     "The upper 8 of `bits`; floats in [0, 1] are rounded"
     x,floats = np.asarray(im),im.mode=='F'
     lo,hi = x.min(),x.max()
-    if bits and lo>=0 and hi<=(1 if floats else 2**bits-1): return Image.fromarray((x*255+0.5 if floats else x>>(bits-8)).astype(np.uint8))
-    cls = 'PILImage16' if floats else 'PILImage12' if hi<2**12 else 'PILImage16'
-    remedy = (f"use ImageBlock({cls}), img_cls={cls} in ImageDataLoaders" + (', --gray in the shell' if cls=='PILImage16' else '') if lo>=0 and hi<=(1 if floats else 65535)
-              else "scale its values to between 0 and 255 and save it with 8 bits, or give arrays with values in [0, 1] to tensor_dls")
+    if bits and lo>=0 and hi<=(1 if floats else 2**bits-1):
+        return Image.fromarray((x*255+0.5 if floats else x>>(bits-8)).astype(np.uint8))
+    cls = 'PILImage12' if hi<2**12 and not floats else 'PILImage16'
+    if lo>=0 and hi<=(1 if floats else 65535):
+        shell = ', --gray in the shell' if cls=='PILImage16' else ''
+        remedy = f"use ImageBlock({cls}), img_cls={cls} in ImageDataLoaders{shell}"
+    else:
+        remedy = ("scale its values to between 0 and 255 and save it with 8 bits, "
+                  "or give arrays with values in [0, 1] to tensor_dls")
     kind = 'floats as pixels' if floats else f"{16 if im.mode.startswith('I;16') else 32} bits per pixel"
+    wanted = f'{bits} bits or floats between 0 and 1' if bits else '8 bits'
     raise ImageError(f"{_name(file)} has {kind}, with values from {lo:.6g} to {hi:.6g}, "
-                     f"and is opened as an image of {f'{bits} bits or floats between 0 and 1' if bits else '8 bits'}: {remedy}")
+                     f"and is opened as an image of {wanted}: {remedy}")
 
 def open_image(
     file, # Path, bytes, open file or PIL image
-    mode:str='RGB', # PIL's mode of the result: 'RGB', 'L' for grey, 'RGBA' keeps transparency, None keeps the file's mode
+    mode:str='RGB', # PIL's mode of the result: 'RGB', 'L' for grey, 'RGBA' with transparency, None as in the file
     background:str='white', # Colour behind what is transparent, as PIL's `ImageColor` knows it
     bits:int=None # Bits of a grey value that deep images use, 9 to 16: the upper 8 are kept; None refuses such images
 ) -> Image.Image: # Upright, without transparency unless `mode` has it
@@ -146,7 +160,7 @@ def open_image(
 
 # %% ../nbs/02b_images.ipynb #3a000015
 class PILImage16(PILImageBW):
-    "A grey image of up to 16 bits or of floats in [0, 1], as they come from microscopes and scanners: the upper 8 bits of each pixel"
+    "A grey image of up to 16 bits or of floats in [0, 1], as from microscopes: the upper 8 bits of each pixel"
     bits = 16
     @classmethod
     def create(cls, fn, **kwargs): return cls(open_image(fn, 'L', bits=cls.bits))
@@ -168,10 +182,12 @@ class OpenImage(Transform):
         tfm:Transform # fastai's, made of `cls.create`
     ):
         super().__init__()
-        self.__dict__.update({k:v for k,v in vars(tfm).items() if k!='encodes'})  # what fastai looks at: order, input_types, the loss_func of masks
+        # what fastai looks at: order, input_types, the loss_func of masks
+        self.__dict__.update({k:v for k,v in vars(tfm).items() if k!='encodes'})
         self.cls,self.tfm = _opens(tfm),tfm
         self.mode,self.background = self.cls._open_args.get('mode'),getattr(self.cls, 'background', 'white')
-        self.ours = getattr(self.cls.create, '__func__', None) is PILBase.create.__func__  # else a `create` of the class's own
+        # whether `create` is PILBase's, or one of the class's own
+        self.ours = getattr(self.cls.create, '__func__', None) is PILBase.create.__func__
 
     @property
     def name(self): return f'OpenImage of {self.cls.__name__}'
@@ -191,7 +207,9 @@ def with_opener(
     return L(tfms).map(lambda f: OpenImage(f) if _opens(f) else f)
 
 # %% ../nbs/02b_images.ipynb #3a000028
-def _lists(dl): return dl.dataset.tls if isinstance(dl.dataset, Datasets) else [dl.dataset] if isinstance(dl.dataset, TfmdLists) else []
+def _lists(dl):
+    if isinstance(dl.dataset, Datasets): return dl.dataset.tls
+    return [dl.dataset] if isinstance(dl.dataset, TfmdLists) else []
 
 def set_opener(
     dls # fastai `DataLoaders`, changed in place: `learn.show_batch` and `dls.test_dl` see what the network sees
@@ -217,19 +235,21 @@ def look_at_files(
     dls, # fastai `DataLoaders` after `set_opener`
     n:int=64 # Files looked at, at most, of each part
 ):
-    "Say what is done with files that are transparent or lie on their side; refuse those whose bits lie where none is looked at"
+    "Say what is done with files that are transparent or lie on their side; refuse those whose bits nobody would see"
     seen,brightest = Counter(),[]
     for dl in dls.loaders:
         if getattr(dl, 'images', None) is not None: continue  # decoded already
         for file,opener in _sample(dl, n):
             with _naming(file), Image.open(file) as im:
                 deep,mode = _deep(im.mode) or ';16' in str(getattr(im, 'tile', '')),opener.mode
-                seen.update(files=1, transparent=im.has_transparency_data and mode in ('RGB','L'), turned=_turn(im) is not None)
+                transparent = im.has_transparency_data and mode in ('RGB','L')
+                seen.update(files=1, transparent=transparent, turned=_turn(im) is not None)
             if deep and mode in ('RGB','L'): brightest.append((np.asarray(opener(file)).max(), file))
     if brightest and 0<max(brightest)[0]<16: raise ImageError(
-        f"{max(brightest)[1]} uses no more than 12 of its 16 bits, nor do the others looked at, so 16 grey levels of 256 would be left: use ImageBlock(PILImage12), "
-        "or scale the pixels to 16 bits")
-    said = [f"{seen[k]} {text}" for k,text in (('transparent','have transparency and are shown on white'), ('turned','are turned upright, as EXIF says')) if seen[k]]
+        f"{max(brightest)[1]} uses no more than 12 of its 16 bits, nor do the others looked at, so 16 grey levels of "
+        "256 would be left: use ImageBlock(PILImage12), or scale the pixels to 16 bits")
+    done = dict(transparent='have transparency and are shown on white', turned='are turned upright, as EXIF says')
+    said = [f"{seen[k]} {text}" for k,text in done.items() if seen[k]]
     if said: warnings.warn(f"of {seen['files']} images looked at, {', '.join(said)}")
 
 # %% ../nbs/02b_images.ipynb #3a000033
@@ -246,4 +266,5 @@ def check_channels(
 ):
     "Raise a `ValueError` if what should be the channels are rows"
     if shape[1]>4 and channels_last(shape)!=False: raise ValueError(
-        f"images must be (channels, height, width), of {tuple(shape[1:])} the first looks like rows: use TensorImage(x).permute(2,0,1) where they are opened")
+        f"images must be (channels, height, width), of {tuple(shape[1:])} the first looks like rows: "
+        "use TensorImage(x).permute(2,0,1) where they are opened")

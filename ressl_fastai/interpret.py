@@ -37,7 +37,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
-from .callback import _value
+from .callback import scheduled
 from .evaluate import embed
 from .losses import relation
 from .loaders import clean_dl, spread
@@ -254,7 +254,7 @@ def image_relations(self:Learner,
     checked_positions('idx', [idx], dl.n)
     learn = self if before is None else _as_saved(self, before)
     student,bank = (as_compared(learn, dl, teacher, features[teacher]) for teacher in (False,True))
-    return dict(teacher=_to_others(bank, bank, idx, _value(ressl.teacher_temp, ressl.progress)),
+    return dict(teacher=_to_others(bank, bank, idx, scheduled(ressl.teacher_temp, ressl.progress)),
                 student=_to_others(student, bank, idx, ressl.student_temp))
 
 # %% ../nbs/11_interpret.ipynb #49e4560e

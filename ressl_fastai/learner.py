@@ -1,7 +1,8 @@
 """`ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone.
 
-`ressl_learner` is where a user starts: it looks at the `DataLoaders`, builds the model, the views and the queue to fit, and
-returns an ordinary `Learner` whose `fit_one_cycle` trains. What is done with the encoder afterwards is in `transfer`.
+`ressl_learner` is where a user starts: it looks at the `DataLoaders`, builds the model, the views and the queue to
+fit, and returns an ordinary `Learner` whose `fit_one_cycle` trains. What is done with the encoder afterwards is in
+`transfer`.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 
@@ -11,41 +12,30 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 __all__ = ['default_queue_size', 'ReSSLLearner', 'ressl_learner']
 
 # %% ../nbs/07_learner.ipynb #bce794fb
-from collections import defaultdict
-from contextlib import contextmanager
-from copy import copy, deepcopy
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import numpy as np
 import torch
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner, Recorder
-from fastai.optimizer import Optimizer
-from fastai.torch_core import TensorCategory, get_model, get_random_states, no_random, set_random_states
+from fastai.learner import Learner
+from fastai.torch_core import TensorCategory, get_model
 from fastai.vision.core import imagenet_stats
 from fastcore.basics import first, ifnone, listify, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from PIL import Image
-from torch import Tensor
-from torch.func import functional_call
 
 from . import views
 from .batch_norm import set_batch_norm
-from .callback import InfoNCEWarmup, ReSSL
+from .callback import InfoNCEWarmup, ReSSL, check_views, resized_views
 from .evaluate import KNNAccuracy, embedding_loss
 from .files import check_writable, make_folder
-from .images import OpenImage, look_at_files, set_opener
 from .health import Guard
-from .loaders import add_normalize, clean_dl, first_images, get_normalize, image_stats, normalize_stats, same_normalize
+from .images import look_at_files, set_opener
+from .loaders import (add_normalize, as_item, clean_dl, first_images, get_normalize, image_stats,
+                                  normalize_stats, same_normalize)
 from .models import Embedder, ReSSLModel, create_encoder, ressl_splitter
 from .optimizer import FusedAdam
 from .precision import DevicePrecision, choose_precision, why_precision
+from .training_state import unchanged
 
 # %% ../nbs/07_learner.ipynb #3f3c82c4
 def default_queue_size(
@@ -55,45 +45,6 @@ def default_queue_size(
     return min(n, 65536, max(64, 2**((n//8).bit_length()-1)))
 
 # %% ../nbs/07_learner.ipynb #a1c0002a
-def _as_it_is(o):
-    "What `o` has by name; collections are copied, since they are changed in place"
-    return {k:copy(v) if isinstance(v, (list,dict,set,L)) else v for k,v in vars(o).items()}
-
-def _put_back(o, state):
-    vars(o).clear()
-    vars(o).update(state)
-
-def _generators(learn):
-    "Random generators that belong to the views"
-    tfms = [o for cb in learn.cbs if isinstance(cb, ReSSL) for o in (cb.weak_tfms, *L(cb.strong_tfms))]
-    return [g for o in tfms for g in vars(o).values() if isinstance(g, torch.Generator)] if all(hasattr(o, '__dict__') for o in tfms) else []
-
-@contextmanager
-def _unchanged(learn):
-    "All but the recorder is as before, whatever happens; what is written goes to a temporary folder"
-    net,cbs = get_model(learn.model),[cb for cb in learn.cbs if not isinstance(cb, Recorder)]
-    model,opt,states = deepcopy(net.state_dict()),learn.opt and deepcopy(learn.opt.state_dict()),get_random_states()
-    grads,modes,half = [p.grad if p.grad is None else p.grad.clone() for p in net.parameters()],[(m,m.training) for m in net.modules()],net.half_dtype
-    objects = [(o,_as_it_is(o)) for o in (learn, *cbs)]
-    generators,loaders = [(g,g.get_state()) for g in _generators(learn)],[(dl,dl.rng.getstate()) for dl in learn.dls.loaders]
-    try:
-        with TemporaryDirectory() as folder:
-            learn.path,learn.model_dir = Path(folder),'.'
-            learn.cbs = learn.cbs.filter(lambda cb: not isinstance(cb, CSVLogger))  # its file may have an absolute path
-            yield
-    finally:
-        for o,state in objects: _put_back(o, state)
-        net.load_state_dict(model)
-        net.half_dtype = half
-        for p,grad in zip(net.parameters(), grads): p.grad = grad
-        for m,mode in modes: m.training = mode
-        if opt is not None:
-            learn.opt.load_state_dict(opt)
-            if isinstance(learn.opt, Optimizer): learn.opt.state = defaultdict(dict, learn.opt.state)  # fastai loads a plain dict
-        for g,state in generators: g.set_state(state)
-        for dl,state in loaders: dl.rng.setstate(state)
-        set_random_states(**states)
-
 class ReSSLLearner(Learner):
     "A `Learner` whose model gives embeddings; `ressl_learner` makes one"
     @property
@@ -110,8 +61,10 @@ class ReSSLLearner(Learner):
         self.__dict__['_dls'] = dls
 
     def __repr__(self):
-        enc,n = get_model(self.model).encoder,self.dls.train.n
-        return f"{type(self).__name__}({enc.arch} for {enc.n_in} channel{'s'*(enc.n_in>1)}, stem {enc.stem}; {n} images on {self.dls.device}; {self.__dict__.get('precision', 'float32')})"
+        enc = get_model(self.model).encoder
+        net = f"{enc.arch} for {enc.n_in} channel{'s'*(enc.n_in>1)}, stem {enc.stem}"
+        precision = self.__dict__.get('precision', 'float32')
+        return f"{type(self).__name__}({net}; {self.dls.train.n} images on {self.dls.device}; {precision})"
 
     def one_batch(self, i, b):
         try: super().one_batch(i, b)
@@ -130,7 +83,7 @@ class ReSSLLearner(Learner):
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
         "As in fastai, and no trace of it is left but the curve in `learn.recorder`"
-        with _unchanged(self): return super().lr_find(**kwargs)
+        with unchanged(self): return super().lr_find(**kwargs)
 
     def _clean(self, ds_idx, dl): return clean_dl(self.dls.train) if dl is None and ds_idx==0 else dl
 
@@ -158,8 +111,9 @@ class ReSSLLearner(Learner):
     @delegates(Learner.export)
     def export(self, fname='export.pkl', **kwargs):
         "Save what embeds images: the student, without teacher, queue, optimizer and callbacks; `embed` takes it"
-        model = get_model(self.model)
-        learn = ReSSLLearner(self.dls, Embedder(model.encoder, model.projector, model.predictor), loss_func=embedding_loss, path=self.path, model_dir=self.model_dir)
+        net = get_model(self.model)
+        net = Embedder(net.encoder, net.projector, net.predictor)
+        learn = ReSSLLearner(self.dls, net, loss_func=embedding_loss, path=self.path, model_dir=self.model_dir)
         Learner.export(learn, fname, **kwargs)
 
     def predict(self,
@@ -167,41 +121,24 @@ class ReSSLLearner(Learner):
         rm_type_tfms:int=None, # As in fastai
         with_input:bool=False # Whether the image comes first
     ) -> tuple: # The embedding (dim,), three times, as fastai gives a prediction decoded and as it is
-        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; for its features see `embed`"
-        item = _as_image(self.dls, item)
-        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])  # what pads boxes would miss them
+        "What `model(x)` gives for an image, as `get_preds` and `embed(projected=True)` do; for features see `embed`"
+        item = as_item(self.dls, item)
+        # without `before_batch`: what pads boxes would miss them
+        dl = self.dls.test_dl([item], rm_type_tfms=rm_type_tfms, num_workers=0, before_batch=[])
         x,z,_ = self.get_preds(dl=dl, with_input=True)
         return ((x[0],) if with_input else ()) + (z[0],)*3
 
     def show_results(self, *args, **kwargs):
         "Refused: an embedding is no picture"
-        raise ValueError("an embedding cannot be shown beside a target: see show_neighbors for what it finds alike, embed and knn_accuracy for what it is good for")
+        raise ValueError("an embedding cannot be shown beside a target: see show_neighbors for what it finds alike, "
+                         "embed and knn_accuracy for what it is good for")
 
 # %% ../nbs/07_learner.ipynb #a1c0002b
-def _check_views(model, x, bs, **tfms):
-    "Try a training step's forward pass with views of each size, of two images or of one; no trace of it is left"
-    def size_of(o):
-        if isinstance(o, views.RandomView): return o.size
-        with no_random(): return tuple(o(x.as_subclass(Tensor)).shape[2:])
-    p,net,(c,*size) = next(model.parameters()),model.embedder.train(),x.shape[1:]
-    for nm,fs in tfms.items():
-        for h,w in dict.fromkeys(map(size_of, listify(fs))):
-            buffers = {k:v.clone() for k,v in net.named_buffers()}  # the running statistics stay as they are
-            try:
-                images = x.new_zeros(min(bs, 2), c, h, w).as_subclass(Tensor).to(p)
-                with no_random(), torch.no_grad(): functional_call(net, buffers, images)
-            except Exception as e:
-                arch = model.encoder.arch
-                if bs==1: raise ValueError(f"bs must be at least 2 for {arch} with batch norm, got 1 ({e})") from e
-                raise ValueError(
-                    f"{nm} makes views of {h} x {w} pixels, which {arch} cannot be trained with ({e}): give them the size of "
-                    f"the images, {size[0]} x {size[1]} (in multi_crop_tfms with sides=(1,)*5), or take an architecture for any size "
-                    "(of timm's transformers partial(timm.create_model, name, dynamic_img_size=True, dynamic_img_pad=True))") from e
-
 def _check_trackers(learn, cbs):
     "fastai's callbacks that watch a value of the progress table stop, or fail, where an epoch has none"
     for cb in cbs:
-        if not isinstance(cb, TrackerCallback) or cb.monitor=='train_loss' or getattr(cb, 'every_epoch', False): continue
+        if not isinstance(cb, TrackerCallback): continue
+        if cb.monitor=='train_loss' or getattr(cb, 'every_epoch', False): continue
         what = f"{type(cb).__name__} watches {cb.monitor}, which"
         if learn.dls.valid.n==0: raise ValueError(
             f"{what} needs validation images, and dls holds none out: split some off, or use monitor='train_loss'")
@@ -210,48 +147,60 @@ def _check_trackers(learn, cbs):
             f"{what} has a value every {every} epochs only: patience must be at least {every}, or it ends between "
             f"two values, got {cb.patience}")
 
+# %% ../nbs/07_learner.ipynb #07000073
 def _follow(learn, dls):
     "`RandomView`s grow with the images of `dls`; what the model cannot be trained with is refused"
-    ressl,enc = learn.ressl,get_model(learn.model).encoder
+    ressl,model = learn.ressl,get_model(learn.model)
     old,x = first_images(learn.dls, 1)[0],first_images(dls)[0]
-    if x.shape[1]!=enc.n_in:
-        raise ValueError(f"dls must have images with {enc.n_in} channels, as the model was made for, got {x.shape[1]}")
-    def resized(o):
-        if not isinstance(o, views.RandomView): return o
-        o = copy(o)
-        o.size = tuple(max(1, round(s*b/a)) for s,a,b in zip(o.size, old.shape[2:], x.shape[2:]))
-        return o
-    strong = [resized(o) for o in listify(ressl.strong_tfms)]
-    several = isinstance(ressl.strong_tfms, (list,tuple,L))
-    new = dict(weak_tfms=resized(ressl.weak_tfms), strong_tfms=strong if several else strong[0])
-    _check_views(get_model(learn.model), x, dls.train.bs, **new)
+    if x.shape[1]!=model.encoder.n_in: raise ValueError(
+        f"dls must have images with {model.encoder.n_in} channels, as the model was made for, got {x.shape[1]}")
+    new = {k:resized_views(getattr(ressl, k), old.shape[2:], x.shape[2:]) for k in ('weak_tfms','strong_tfms')}
+    check_views(model, x, dls.train.bs, **new)
     for nm,o in new.items(): setattr(ressl, nm, o)
-
-def _as_image(dls, item):
-    "An array as PIL's image, whose mode can be changed, if `dls` opens images"
-    pipe = getattr(getattr(dls.train_ds, 'tls', [dls.train_ds])[0], 'tfms', None)
-    opens = any(isinstance(f, OpenImage) for f in getattr(pipe, 'fs', []))
-    if not isinstance(item, np.ndarray) or not opens: return item
-    try: return Image.fromarray(item)
-    except TypeError as e: raise ValueError("an array must be (h, w), (h, w, 3) or (h, w, 4) of uint8, "
-                                            f"got {item.dtype} of shape {item.shape}") from e
 
 # %% ../nbs/07_learner.ipynb #dbbda297
 def _stats(dls, body, n_in, pretrained):
-    "What pretrained weights were trained with; else ImageNet's statistics for three channels, those of the images otherwise"
+    "Those of pretrained weights, or ImageNet's; of the images themselves if they have not three channels"
     if n_in!=3: return image_stats(dls)
-    cfg = first(m.default_cfg for m in body.modules() if hasattr(m, 'default_cfg')) if pretrained else None  # timm's
+    cfg = first(m.default_cfg for m in body.modules() if pretrained and hasattr(m, 'default_cfg'))  # timm's
     return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
+
+def _check_data(dls, x, queue_size):
+    "Refuse what cannot be trained on"
+    dl = dls.train
+    if x.dtype not in (torch.float32, torch.uint8): raise ValueError(
+        f"images must be float32, or uint8 for IntToFloatTensor, dls gives {x.dtype}: "
+        "convert them where they are opened")
+    if queue_size>dl.n: raise ValueError(
+        f"queue_size must be at most the number of training images, {dl.n}, got {queue_size}")
+    if not len(dl): raise ValueError(
+        f"bs={dl.bs} is larger than the training set of {dl.n} images: no batch would be full")
+
+def _check_split(dl, n_splits):
+    if dl.bs%n_splits or dl.bs<2*n_splits or not dl.drop_last: raise ValueError(
+        "batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of "
+        f"n_splits={n_splits}, at least twice it, got bs={dl.bs}")
+
+def _precision(precision, channels_last, dls, model, size, views_made):
+    "What training computes in, tried on this machine where the sizes of the views are known"
+    device = torch.device(dls.device or 'cpu')
+    pixels = dls.train.bs*size[0]*size[1]
+    half = DevicePrecision(*choose_precision(precision, channels_last, device, model.encoder, pixels))
+    half.auto,half.why = precision=='auto',why_precision(precision, half.dtype, device)
+    if device.type=='cpu':  # views of another kind are tried when the first batch comes
+        half.shapes = {(model.encoder.n_in,*o.size) for o in views_made if isinstance(o, views.RandomView)}
+        half.try_shapes(model, half.shapes, half.dtype)
+    return half
 
 @delegates(Learner.__init__)
 def ressl_learner(
-    dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; images are opened by `open_image`, a missing `Normalize` is added
+    dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; a missing `Normalize` is added
     arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`
     pretrained:bool=False, # Start from the library's weights
     stem:str='auto', # First layers: 'standard', 'small_pool', 'small' or 'auto'; see `create_encoder`
     weak_tfms=None, # Callable from images in [0, 1] to the teacher's views; default: `views.weak_tfms(size)`
-    strong_tfms=None, # Likewise for the student, or a list for several views, as `multi_crop_tfms` makes; default: `views.strong_tfms(size)`
-    teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1], or a schedule; nearer 1 for long training
+    strong_tfms=None, # Likewise for the student, or a list, as of `multi_crop_tfms`; default: `views.strong_tfms(size)`
+    teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1], or a schedule
     student_temp:float=0.1, # Temperature of the student's relation, > 0
     teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0, or a schedule
     warmup:InfoNCEWarmup=None, # InfoNCE loss at first (2203.08717)
@@ -264,64 +213,38 @@ def ressl_learner(
     predictor_layers:int=0, # Linear layers of the predictor after the student's projector (2203.08717); 0 is none
     predictor_hidden:int=None, # Hidden width of the predictor; default: `n_hidden`
     predictor_bn:bool=True, # Batch norm in the predictor
-    batch_norm:str='plain', # Batch norms of the model: 'plain', 'split' (with the teacher's batch shuffled) or 'sync'; see `set_batch_norm`
+    batch_norm:str='plain', # Batch norms of the model: 'plain', 'split' or 'sync'; see `set_batch_norm`
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
     opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
-    precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto', bfloat16 where it pays; see `choose_precision`
+    precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto'; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
     cbs=None, # Callbacks beside `ReSSL`
     **kwargs
 ) -> Learner: # `fit_one_cycle` trains it
     "A learner that trains `arch` on the images of `dls` by relational self-supervised learning (2107.09282)"
-    b = first_images(dls)
-    size,n_in = tuple(b[0].shape[2:]),b[0].shape[1]
-    if b[0].dtype not in (torch.float32, torch.uint8): raise ValueError(
-        f"images must be float32, or uint8 for IntToFloatTensor, dls gives {b[0].dtype}: convert them where they are opened")
+    x,*y = first_images(dls)
+    size,n_in = tuple(x.shape[2:]),x.shape[1]
     queue_size = ifnone(queue_size, default_queue_size(dls.train.n))
-    if queue_size>dls.train.n: raise ValueError(f"queue_size must be at most the number of training images, {dls.train.n}, got {queue_size}")
-    if not len(dls.train): raise ValueError(f"bs={dls.train.bs} is larger than the training set of {dls.train.n} images: no batch would be full")
-    weak_tfms,strong_tfms = ifnone(weak_tfms, views.weak_tfms(size)),ifnone(strong_tfms, views.strong_tfms(size))
-    ressl = ReSSL(weak_tfms, strong_tfms, teacher_momentum, student_temp, teacher_temp, warmup, shuffle=batch_norm=='split')
-    model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers, projector_bn,
-                       predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
-    _check_views(model, b[0], dls.train.bs, weak_tfms=weak_tfms, strong_tfms=strong_tfms)
+    _check_data(dls, x, queue_size)
+    weak_tfms = ifnone(weak_tfms, views.weak_tfms(size))
+    strong_tfms = ifnone(strong_tfms, views.strong_tfms(size))
+    ressl = ReSSL(weak_tfms, strong_tfms, teacher_momentum, student_temp, teacher_temp, warmup,
+                  shuffle=batch_norm=='split')
+    model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers,
+                       projector_bn, predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
+    check_views(model, x, dls.train.bs, weak_tfms=weak_tfms, strong_tfms=strong_tfms)
     set_batch_norm(model, batch_norm, n_splits)
-    if batch_norm=='split' and (dls.train.bs%n_splits or dls.train.bs<2*n_splits or not dls.train.drop_last): raise ValueError(
-        f"batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of n_splits={n_splits}, at least twice it, got bs={dls.train.bs}")
-    if metrics is None and len(b)==2 and isinstance(b[1], TensorCategory): metrics = KNNAccuracy()
-    device = torch.device(dls.device or 'cpu')
-    half = DevicePrecision(*choose_precision(precision, channels_last, device, model.encoder, dls.train.bs*size[0]*size[1]))
-    half.auto,half.why = precision=='auto',why_precision(precision, half.dtype, device)
-    if device.type=='cpu':  # views of another kind are tried when the first batch comes
-        half.shapes = {(n_in,*o.size) for o in (weak_tfms,*listify(strong_tfms)) if isinstance(o, views.RandomView)}
-        half.try_shapes(model, half.shapes, half.dtype)
-    cbs = L(ressl, half)+L(Guard() if guard else None)+L(cbs)
-    learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics, cbs=cbs, **kwargs)
+    if batch_norm=='split': _check_split(dls.train, n_splits)
+    if metrics is None and len(y)==1 and isinstance(y[0], TensorCategory): metrics = KNNAccuracy()
+    half = _precision(precision, channels_last, dls, model, size, [weak_tfms, *listify(strong_tfms)])
+    learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics,
+                         cbs=L(ressl, half)+L(Guard() if guard else None)+L(cbs), **kwargs)
     if get_normalize(dls) is None: add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     look_at_files(dls)
     return learn
-
-# %% ../nbs/07_learner.ipynb #28b276cd
-@patch
-def fit_warmup_cos(self:Learner,
-    n_epoch:int, # Epochs
-    lr_max:float=None, # Highest learning rate, or one per parameter group; default: `self.lr`
-    warmup_epochs:float=5, # Epochs in which the learning rate rises from 0, in [0, n_epoch)
-    wd:float=None, # Weight decay; default: the learner's
-    cbs=None, # Callbacks for this fit
-    reset_opt:bool=False, # Whether the optimizer forgets its state first
-    start_epoch:int=0 # Epoch to go on with
-):
-    "Fit with a linear warm-up and a cosine to 0"
-    if not 0<=warmup_epochs<n_epoch: raise ValueError(f"warmup_epochs must be at least 0 and less than n_epoch={n_epoch}, got {warmup_epochs}")
-    if self.opt is None: self.create_opt()
-    self.opt.set_hyper('lr', ifnone(lr_max, self.lr))
-    lr_max,pct = np.array([h['lr'] for h in self.opt.hypers]),warmup_epochs/n_epoch
-    sched = combine_scheds([pct, 1-pct], [SchedLin(0., lr_max), SchedCos(lr_max, 0.)])
-    self.fit(n_epoch, cbs=L(ParamScheduler({'lr': sched}))+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 # %% ../nbs/07_learner.ipynb #799aedff
 @patch

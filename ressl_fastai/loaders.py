@@ -1,8 +1,9 @@
 """What the package knows of a fastai `DataLoaders`: its images without augmentation, its normalisation, parts of it.
 
-A user brings `DataLoaders` of any kind: from folders, tables or arrays, with labels or without, augmented or not. What this
-package asks of them is asked here: `clean_dl` gives the images as validation sees them, `first_images` looks at a few,
-`check_images` refuses what are no images, `same_normalize` keeps one normalisation for pretraining and all that follows.
+A user brings `DataLoaders` of any kind: from folders, tables or arrays, with labels or without, augmented or not.
+What this package asks of them is asked here: `clean_dl` gives the images as validation sees them, `first_images`
+looks at a few, `check_images` refuses what are no images, `same_normalize` keeps one normalisation for pretraining
+and all that follows.
 
 No other module looks into the transforms of a `DataLoader`. The `DataLoaders` themselves stay as they are, but for a
 `Normalize` that is added where none is.
@@ -15,16 +16,18 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/loaders.html.md"""
 __all__ = ['clean_dl', 'check_images', 'spread', 'first_images', 'image_stats']
 
 # %% ../nbs/03b_loaders.ipynb #3b000004
+import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.torch_basics import Pipeline
 from fastcore.basics import first
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from .images import check_channels, with_opener
+from .images import OpenImage, check_channels, with_opener
 
 # %% ../nbs/03b_loaders.ipynb #96fb8ef7
 def _as_validation(tl):
@@ -172,3 +175,16 @@ def subset(
     elif isinstance(ds, TfmdLists): ds = part(ds)
     else: ds = Subset(ds, idxs)
     return dl.new(dataset=ds, **kwargs)
+
+# %% ../nbs/03b_loaders.ipynb #3b000017
+def as_item(
+    dls:DataLoaders, # Any fastai vision `DataLoaders`
+    item # Image file, image, or array
+): # What the pipeline of `dls` begins with
+    "An array as PIL's image, whose mode can be changed, if `dls` opens images"
+    pipe = getattr(getattr(dls.train_ds, 'tls', [dls.train_ds])[0], 'tfms', None)
+    opens = any(isinstance(f, OpenImage) for f in getattr(pipe, 'fs', []))
+    if not isinstance(item, np.ndarray) or not opens: return item
+    try: return Image.fromarray(item)
+    except TypeError as e: raise ValueError("an array must be (h, w), (h, w, 3) or (h, w, 4) of uint8, "
+                                            f"got {item.dtype} of shape {item.shape}") from e

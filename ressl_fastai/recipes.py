@@ -24,12 +24,15 @@ from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 
+import numpy as np
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import num_distrib
 from fastai.vision.core import imagenet_stats
-from fastcore.basics import patch
+from fastcore.basics import ifnone, patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 from torchvision.models import efficientnet_b0, mobilenet_v3_large, resnet18, resnet50
@@ -176,6 +179,27 @@ def recipe(
         sources[k] = f'yours, instead of {_show(values[k])} ({sources[k]})' if k in sources else 'yours'
         values[k] = v
     return Recipe(name, values, sources)
+
+# %% ../nbs/09_recipes.ipynb #28b276cd
+@patch
+def fit_warmup_cos(self:Learner,
+    n_epoch:int, # Epochs
+    lr_max:float=None, # Highest learning rate, or one per parameter group; default: `self.lr`
+    warmup_epochs:float=5, # Epochs in which the learning rate rises from 0, in [0, n_epoch)
+    wd:float=None, # Weight decay; default: the learner's
+    cbs=None, # Callbacks for this fit
+    reset_opt:bool=False, # Whether the optimizer forgets its state first
+    start_epoch:int=0 # Epoch to go on with
+):
+    "Fit with a linear warm-up and a cosine to 0"
+    if not 0<=warmup_epochs<n_epoch: raise ValueError(
+        f"warmup_epochs must be at least 0 and less than n_epoch={n_epoch}, got {warmup_epochs}")
+    if self.opt is None: self.create_opt()
+    self.opt.set_hyper('lr', ifnone(lr_max, self.lr))
+    lr_max,pct = np.array([h['lr'] for h in self.opt.hypers]),warmup_epochs/n_epoch
+    sched = combine_scheds([pct, 1-pct], [SchedLin(0., lr_max), SchedCos(lr_max, 0.)])
+    cbs = L(ParamScheduler({'lr': sched})) + L(cbs)
+    self.fit(n_epoch, cbs=cbs, reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 # %% ../nbs/09_recipes.ipynb #0a890569
 @patch

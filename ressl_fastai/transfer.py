@@ -1,13 +1,13 @@
 """The encoder is learnt: keep it in a file, make a classifier of it in one line, or put it into any fastai learner.
 
-`save_encoder` and `load_encoder` carry the encoder through a file into any other learner, as in `fastai.text`. The file knows
-what it holds: architecture, channels, stem, normalisation, and whether it is the student's or the teacher's encoder. A
-mismatch is refused in words, never loaded half.
+`save_encoder` and `load_encoder` carry the encoder through a file into any other learner, as in `fastai.text`. The
+file knows what it holds: architecture, channels, stem, normalisation, and whether it is the student's or the
+teacher's encoder. A mismatch is refused in words, never loaded half.
 
 `to_classifier` is the best start with few labels: it computes the features of the labelled images once, fits logistic
-regression to them, and puts the solution into a linear layer behind the encoder: an ordinary fastai `Learner` that predicts,
-validates, exports and can be trained on. Its accuracy is that of frozen features and logistic regression, because it is the
-same computation.
+regression to them, and puts the solution into a linear layer behind the encoder: an ordinary fastai `Learner` that
+predicts, validates, exports and can be trained on. Its accuracy is that of frozen features and logistic regression,
+because it is the same computation.
 
 `to_vision_learner` and `to_unet_learner` are fastai's learners with the encoder in them, for all that needs training;
 `encoder_learner` starts from a file.
@@ -54,7 +54,8 @@ def _pretrained(learn, teacher):
     model = get_model(learn.model)
     if not isinstance(model, ReSSLModel if teacher else Embedder):
         what = 'a teacher' if teacher else 'an encoder'
-        raise ValueError(f"only a ressl_learner has {what} to hand over, this learner's model is a {type(model).__name__}")
+        raise ValueError(
+            f"only a ressl_learner has {what} to hand over, this learner's model is a {type(model).__name__}")
     return model.teacher[0] if teacher else model.encoder,normalize_stats(learn.dls)
 
 def _encoder_file(file, folder): return join_path_file(str(file).removesuffix('.pth'), folder, ext='.pth')
@@ -69,7 +70,8 @@ def save_encoder(self:Learner,
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem,
                  nf=enc.nf, teacher=teacher, normalize=stats, body=enc[0].state_dict())
     for k,v in state['body'].items():
-        if fault := _fault(v, v): raise ValueError(f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
+        if fault := _fault(v, v): raise ValueError(
+            f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
         state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
     return write_torch(_encoder_file(file, self.path/self.model_dir), state)
 
@@ -88,7 +90,8 @@ def read_encoder(
     kinds = dict(arch=str, n_in=int, stem=str, body=dict)
     wrong = [k for k,kind in kinds.items() if not isinstance(state.get(k), kind)]
     if not is_stats(state.get('normalize', 'missing')): wrong.append('normalize')
-    if wrong: raise ValueError(f"{file} is not a whole encoder file: {wrong[0]} is {state.get(wrong[0], 'missing')!r:.100}")
+    if wrong: raise ValueError(
+        f"{file} is not a whole encoder file: {wrong[0]} is {state.get(wrong[0], 'missing')!r:.100}")
     return state
 
 # %% ../nbs/10a_transfer.ipynb #167aaf34
@@ -115,8 +118,8 @@ def _check_fit(body, state, file):
     if wrong:
         k = min(wrong)
         raise ValueError(
-            f"{file} holds the encoder of {state['arch']} (n_in={state['n_in']}, stem={state['stem']!r}), which does not "
-            f"fit the model: {len(wrong)} of {len(want.keys()|have.keys())} tensors differ, {k} is "
+            f"{file} holds the encoder of {state['arch']} (n_in={state['n_in']}, stem={state['stem']!r}), which does "
+            f"not fit the model: {len(wrong)} of {len(want.keys()|have.keys())} tensors differ, {k} is "
             f"{want.get(k, 'missing')} in the model and {have.get(k, 'missing')} in the file")
     for k,v in state['body'].items():
         if fault := _fault(v, weights[k]): raise ValueError(f"{file} cannot be loaded: {k} {fault}")
@@ -173,7 +176,8 @@ def _check_labelled(dls):
     train,n = dls.train,dls.train.n
     if n==1: raise ValueError("dls.train must hold at least 2 images, it has 1: batch norm needs two to train on")
     for tl in getattr(train.dataset, 'tls', [])[1:]:
-        if not hasattr(tl.items, 'iloc') or not isinstance(tl[0], TensorCategory): continue  # only in tables labels are missing
+        # only in tables labels are missing
+        if not hasattr(tl.items, 'iloc') or not isinstance(tl[0], TensorCategory): continue
         missing = sum(bool(y<0) for y in tl)
         if missing: raise ValueError(f"{missing} of the {n} training images have no label: "
                                      "leave these rows of the table out, as in df[df.label.notna()]")
@@ -188,7 +192,8 @@ def _hand_over(learn, dls, teacher):
     (enc,_),x = _pretrained(learn, teacher),first_images(dls)[0]
     if x.shape[1]!=enc.n_in: raise ValueError(
         f"the encoder was pretrained on images with {enc.n_in} channels, those of dls have {x.shape[1]}")
-    enc = Encoder(set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True), enc.arch, enc.n_in, tuple(x.shape[2:]))
+    body = set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True)
+    enc = Encoder(body, enc.arch, enc.n_in, tuple(x.shape[2:]))
     _check_labelled(dls)
     with torch.no_grad(): return enc,enc[0].eval()(x.to(next(enc.parameters()))).ndim==4
 
@@ -274,7 +279,7 @@ def to_vision_learner(self:Learner,
     y_range:tuple=None, # Smallest and largest output, for regression
     init=nn.init.kaiming_normal_, # What the head's weights start from
     **kwargs
-) -> Learner: # As `vision_learner` makes it of pretrained weights: all but the head is frozen, `fine_tune` goes on from there
+) -> Learner: # As `vision_learner` makes it of pretrained weights: all but the head is frozen, for `fine_tune`
     "An ordinary fastai learner with a copy of the pretrained encoder"
     enc,maps = _hand_over(self, dls, teacher)
     model = add_head(enc[0], enc.nf, _n_out(dls, n_out), init, custom_head, concat_pool, maps, lin_ftrs, ps, first_bn,
@@ -285,7 +290,7 @@ def to_vision_learner(self:Learner,
 @patch
 @delegates(Learner.__init__, but=['model'])
 def to_unet_learner(self:Learner,
-    dls:DataLoaders, # Images with masks or images as targets; they get the normalisation of pretraining, another one is refused
+    dls:DataLoaders, # Images with masks or images as targets; they get the normalisation of pretraining
     teacher:bool=False, # The teacher's encoder instead of the student's
     n_out:int=None, # Channels of the output; default: as `dls` tells
     self_attention:bool=False, # Self-attention on the way up
@@ -305,7 +310,7 @@ def to_unet_learner(self:Learner,
                          f"as in ResNets; that of {enc.arch} is a {type(body).__name__}{other}")
     model = DynamicUnet(body, _n_out(dls, n_out), size, self_attention=self_attention, blur=blur, last_cross=last_cross,
                         bottle=bottle, y_range=y_range)
-    model.ressl_body = (enc[0],)  # where `load_encoder` finds stem and names; a tuple, so that no tensor is in the model twice
+    model.ressl_body = (enc[0],)  # where `load_encoder` finds stem and names; a tuple, so that no tensor is there twice
     splitter = body_splitter(body, enc.arch) if body is enc[0] else default_split
     return _as_pretrained(self, dls, teacher, model, splitter, **kwargs)
 

@@ -8,7 +8,7 @@ import torch
 from test_checkpoint import differences, everything, fit, make
 from test_resume import from_folder, train as train_all, write_digits
 
-from ressl_fastai import checkpoint
+from ressl_fastai import files
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.data import cached_dls
 
@@ -119,7 +119,7 @@ def nth(n, f, then):
     calls = iter(range(n-1))
     return lambda *args: f(*args) if next(calls, None) is not None else then(*args)
 
-def half():      checkpoint.torch.save = nth(4, save, lambda o,f: save(o, Half(f)))
+def half():      files.torch.save = nth(4, save, lambda o,f: save(o, Half(f)))
 def no_name():   Path.replace = nth(5, replace, lambda *_: kill())
 def just_named():Path.replace = nth(6, replace, lambda *args: (replace(*args), kill()))
 def two_many():  Path.unlink = nth(3, unlink, lambda *_: kill())

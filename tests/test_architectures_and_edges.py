@@ -118,7 +118,7 @@ def test_trying_views_leaves_no_trace(monkeypatch):
     torch.manual_seed(1)
     dls = tensor_dls(*some_images(), valid_pct=0.25, seed=0, bs=4)
     a,after = state(make(dls)),torch.rand(1)
-    monkeypatch.setattr(learner, '_check_views', lambda *args, **kwargs: None)
+    monkeypatch.setattr(learner, 'check_views', lambda *args, **kwargs: None)
     assert same_state(a, state(make(dls))) and after==torch.rand(1)
 
 @pytest.mark.parametrize('arch', [net, tv.resnet18, vit], ids=['small_resnet','resnet18','vit'])

@@ -9,9 +9,12 @@ from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, CS
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ressl_fastai import checkpoint
+from ressl_fastai import recipes  # learn.fit_warmup_cos
+from ressl_fastai.same_fit import fit_settings
 from ressl_fastai.callback import InfoNCEWarmup
-from ressl_fastai.checkpoint import Checkpoint, hold, last_checkpoint, read_checkpoint, write_checkpoint
+from ressl_fastai.checkpoint import Checkpoint
+from ressl_fastai.checkpoint_file import last_checkpoint, read_checkpoint, write_checkpoint
+from ressl_fastai.files import hold
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import weak_tfms
@@ -286,12 +289,12 @@ def test_another_setting_is_refused_by_name(other, nm):
     assert 'epoch_0000' in str(e.value)
 
 def test_the_same_settings_in_another_session_are_the_same(other):
-    assert differences(checkpoint.last_checkpoint(other)[1]['settings'], settings_of(make(7)))==[]
+    assert differences(last_checkpoint(other)[1]['settings'], settings_of(make(7)))==[]
 
 def settings_of(learn):
     seen = {}
     class Look(Callback):
-        def before_fit(self): seen.update(checkpoint._settings(self.learn)); raise KeyboardInterrupt
+        def before_fit(self): seen.update(fit_settings(self.learn)); raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(learn, n=2, cbs=Look())
     return seen
 

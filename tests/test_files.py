@@ -12,7 +12,8 @@ from PIL import Image
 from test_checkpoint import Crash, differences, everything, fit, make
 
 from ressl_fastai import cli, data
-from ressl_fastai.checkpoint import Checkpoint, _checkpoints, last_checkpoint, read_checkpoint, write_checkpoint
+from ressl_fastai.checkpoint import Checkpoint
+from ressl_fastai.checkpoint_file import checkpoints, last_checkpoint, read_checkpoint, write_checkpoint
 from ressl_fastai.cli import find_images, ressl_pretrain
 from ressl_fastai.data import cached_dls, tensor_dls
 from ressl_fastai.files import check_writable, read_torch, replacing, write_text, write_torch, writing
@@ -253,7 +254,7 @@ def test_files_of_other_callbacks_in_the_folder_are_left_alone(tmp_path):
 def test_after_epoch_9999_comes_10000(tmp_path):
     for i in (9999, 10000, 2): write_checkpoint(tmp_path/f'epoch_{i:04}_batch_000000.pth', dict(epoch=i))
     write_checkpoint(tmp_path/'epoch_9999_batch_1000000.pth', dict(epoch=9999.5))
-    assert [read_checkpoint(o)['epoch'] for o in _checkpoints(tmp_path)]==[10000, 9999.5, 9999, 2]
+    assert [read_checkpoint(o)['epoch'] for o in checkpoints(tmp_path)]==[10000, 9999.5, 9999, 2]
     assert last_checkpoint(tmp_path)[1]['epoch']==10000
 
 def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_a_training(tmp_path, monkeypatch):
@@ -261,7 +262,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_a_training(tmp_pa
     with monkeypatch.context() as m:
         m.setattr(Path, 'unlink', raising(errno.EBUSY))
         assert differences(whole, everything(fit(make(), n=2, cbs=Checkpoint(tmp_path/'run'))))==[]
-    assert len(_checkpoints(tmp_path/'run'))==3
+    assert len(checkpoints(tmp_path/'run'))==3
 
 # folders
 
@@ -269,7 +270,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_a_training(tmp_pa
 def test_a_file_system_without_locks_is_trained_on_with_a_warning(tmp_path, monkeypatch, e):
     monkeypatch.setattr(fcntl, 'lockf', raising(e))
     with pytest.warns(UserWarning, match=rf'run cannot be reserved.*{os.strerror(e)}'): fit(make(), n=1, cbs=Checkpoint(tmp_path/'run'))
-    assert _checkpoints(tmp_path/'run')
+    assert checkpoints(tmp_path/'run')
 
 @pytest.mark.parametrize('e', [errno.EACCES, errno.EAGAIN])
 def test_contention_alone_means_in_use(tmp_path, monkeypatch, e):

@@ -8,7 +8,7 @@ from fastai.vision.all import (Callback, CSVLogger, EarlyStoppingCallback, Gradi
 from PIL import Image
 from torch import nn
 
-from ressl_fastai import health
+from ressl_fastai import health, transfer  # learn.save_encoder
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed

@@ -12,7 +12,9 @@ from test_checkpoint import Crash, check, differences, digits, everything, fit, 
 from test_checkpoint import make as make_learner
 
 from ressl_fastai.callback import InfoNCEWarmup
-from ressl_fastai.checkpoint import Checkpoint, _decode, _encode, hold, last_checkpoint
+from ressl_fastai.checkpoint import Checkpoint
+from ressl_fastai.checkpoint_file import decode, encode, last_checkpoint
+from ressl_fastai.files import hold
 from ressl_fastai.data import cached_dls, tensor_dls
 from ressl_fastai.evaluate import KNNAccuracy
 from ressl_fastai.fingerprint import data_fingerprint, digest, item_fingerprints
@@ -351,8 +353,8 @@ def same(a, b):
 
 @pytest.mark.parametrize('nm', kinds)
 def test_ordinary_values_come_back_as_what_they_were(nm, tmp_path):
-    torch.save(_encode(kinds[nm]), tmp_path/'o.pth')
-    assert same(_decode(torch.load(tmp_path/'o.pth', weights_only=True)), kinds[nm])
+    torch.save(encode(kinds[nm]), tmp_path/'o.pth')
+    assert same(decode(torch.load(tmp_path/'o.pth', weights_only=True)), kinds[nm])
 
 def test_the_memory_of_a_callback_is_exact_and_what_cannot_be_kept_is_said(tmp_path, capsys):
     local,loop = collections.namedtuple('Local', 'x'),[]
@@ -373,8 +375,8 @@ def test_the_memory_of_a_callback_is_exact_and_what_cannot_be_kept_is_said(tmp_p
     got = Mine(given='y')
     fit(make(1), n=3, cbs=[got, Checkpoint(tmp_path/'run', 1)])
     assert got.count==12 and got.given=='y' and same(got.all, whole.all) and got.drawn==whole.drawn and len(got.all)==len([k for k in kinds][:48])
-    with pytest.raises(ValueError, match='no Enum'): _decode({'_kind':'enum', 'v':('os','system','A')})
-    with pytest.raises(ValueError, match='no tuple'): _decode({'_kind':'fields', 'v':('os','system',(1,))})
+    with pytest.raises(ValueError, match='no Enum'): decode({'_kind':'enum', 'v':('os','system','A')})
+    with pytest.raises(ValueError, match='no tuple'): decode({'_kind':'fields', 'v':('os','system',(1,))})
 
 def test_a_csv_has_one_header_after_a_kill_before_the_first_checkpoint(tmp_path):
     "The process is gone between the header and the first checkpoint; rows of an earlier fit, and its header, stay"

@@ -7,6 +7,7 @@ from fastai.vision.all import (Callback, CancelFitException, CSVLogger, EarlySto
     PILImage, ReduceLROnPlateau, SaveModelCallback, SGD, ShortEpochCallback, TerminateOnNaNCallback, load_learner)
 from torch import Tensor
 
+from ressl_fastai import recipes, transfer  # learn.fit_warmup_cos, learn.save_encoder
 from ressl_fastai.callback import ReSSL
 from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import digits_dls
