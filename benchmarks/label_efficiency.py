@@ -17,8 +17,8 @@ from fastcore.script import call_parse
 
 from common import emoji, fashion_mnist, receipt
 from ressl_fastai.cli_evaluate import encoder_learner
-from ressl_fastai.evaluate import embed, knn_accuracy
-from ressl_fastai.label_efficiency import label_efficiency, label_rows, pixel_features
+from ressl_fastai.evaluate import embed, knn_accuracy, pixel_features
+from ressl_fastai.label_efficiency import label_efficiency, label_rows
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import strong_tfms, weak_tfms

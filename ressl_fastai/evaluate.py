@@ -90,7 +90,7 @@ class _LateBar(Callback):
             self.bar = progress_bar(range(self.n_iter), leave=False)
             self.bar.update(0)
             self.bar.comment = f'embedding {self.dl.n:,} images'
-            self.bar.start_t = self.start
+            self.bar.start_t -= monotonic()-self.start
         if self.bar is not None: self.bar.update(self.iter+1)
 
 def embed(
@@ -296,6 +296,7 @@ def fit_logistic(
     # few images: threads that wait for each other take several times as long as one
     with threadpool_limits(1 if len(y)<=2000 else None), warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)  # so weak a penalty is seldom the best
+        warnings.filterwarnings('ignore', message='The number of unique classes')  # one label for each is no mistake
         if search is None: return make_pipeline(scaler, clf.fit(x, y))
         search = GridSearchCV(clf, {'C':list(Cs)}, cv=search).fit(x, y)
     return make_pipeline(scaler, search.best_estimator_)

@@ -38,7 +38,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from .callback import scheduled
-from .evaluate import embed
+import ressl_fastai.evaluate  # learn.embed()
 from .losses import relation
 from .loaders import clean_dl, spread
 
@@ -175,7 +175,7 @@ def show_items(
     left = 0.1+0.07*max(len(line) for o in rows for line in o.split('\n')) if rows else 0
     size = ncols*imsize + left,nrows*(imsize+0.15*lines)
     fig,axs = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout='constrained')
-    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    fig.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for ax in axs.flat: ax.set(xticks=[], yticks=[], frame_on=False)
     for ax,i,title,color in zip(axs.flat, idxs, titles, colors or [None]*n):
         if i is None: continue
@@ -207,7 +207,7 @@ def show_neighbors(self:Learner,
             titles += ['image',*(f'{c:.2f}' for _,c in others)]
             colors += [None]*(1+len(others))
             continue
-        names = [short(class_name(dl, y[j])) for j in shown[-1-len(others):]]
+        names = [short(class_name(dl, y[j]), int(imsize*14)) for j in shown[-1-len(others):]]
         titles += [names[0],*(f'{name}\n{c:.2f}' for name,(_,c) in zip(names[1:], others))]
         colors.append(None)
         for j,_ in others: colors.append(None if min(y[i], y[j])<0 else 'tab:green' if y[i]==y[j] else 'tab:red')
@@ -281,7 +281,7 @@ def show_relations(self:Learner,
 
 # %% ../nbs/11_interpret.ipynb #2662fea6
 @lru_cache(4)  # of some megabytes each: t-SNE takes seconds, and the same map is drawn again
-def _project(x, shape, method, seed):
+def _map(x, shape, method, seed):
     "(n, 2) coordinates of features given as bytes"
     x = F.normalize(torch.frombuffer(bytearray(x), dtype=torch.float32).view(shape), dim=1).numpy()
     if np.ptp(x, 0).max()<1e-6: raise ValueError(  # scikit-learn's t-SNE would end the process
@@ -294,6 +294,8 @@ def _project(x, shape, method, seed):
     except ImportError as e: raise ImportError(
         "method='umap' needs umap-learn, which is not installed: pip install umap-learn") from e
     return UMAP(random_state=seed).fit_transform(x)
+
+def _project(x, method, seed): return _map(x.float().numpy().tobytes(), tuple(x.shape), method, seed)
 
 def _class_colors(y, n):
     "A colour for each class: the same one whichever of the `n` classes are there"
@@ -326,7 +328,7 @@ def plot_embeddings(self:Learner,
     dl,x,y = looked_at(self, **kwargs)
     if dl.n<3: raise ValueError(f"dl must hold at least 3 images, got {dl.n}")
     idxs = spread(n, dl.n)
-    xy = _project(x[idxs].float().numpy().tobytes(), (len(idxs),x.shape[1]), method, seed)
+    xy = _project(x[idxs], method, seed)
     if ax is None: ax = plt.subplots(figsize=(4,3), layout='constrained')[1]
     classes = [] if y is None else y[idxs].unique().tolist()
     colors = ['C0']*len(idxs)

@@ -77,9 +77,9 @@ figure img { display: block; max-width: 100%; height: auto; padding: .5rem; bord
              border: 1px solid var(--line); }
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; }
-th, td { min-width: 5rem; padding: .3rem 1rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line);
-         overflow-wrap: anywhere; }
-tbody th { vertical-align: top; overflow-wrap: normal; }
+th, td { min-width: 5rem; padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top;
+         border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
+.long { min-width: 15rem; max-width: 46rem; overflow-wrap: anywhere; }
 th { font-weight: 600; } thead th { color: var(--quiet); font-weight: 400; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border-radius: .5rem; background: var(--card);
       font-size: .85rem; user-select: all; }
@@ -105,7 +105,7 @@ The others are not touched by that.</p>
 {% if s.head %}<thead><tr>{% for o in s.head %}<th>{{ o }}</th>{% endfor %}</tr></thead>
 {% endif %}<tbody>
 {% for row in s.rows %}<tr>
-{%- for o in row %}{% if loop.first %}<th scope="row">{{ o }}</th>{% else %}<td>{{ o }}</td>{% endif %}{% endfor -%}
+{%- for o in row %}{% if loop.first %}<th scope="row">{{ o }}</th>{% else %}<td{% if o|string|length > 30 %} class="long"{% endif %}>{{ o }}</td>{% endif %}{% endfor -%}
 </tr>
 {% endfor %}</tbody>
 </table></div>
@@ -375,7 +375,8 @@ def _map(learn, seen):
                      "how far groups are apart and how large they look does not.")
 
 # %% ../nbs/11b_report.ipynb #rp32list
-def _grid(seen, idxs, titles): return _figure(show_items, 'images', seen.dl, idxs, titles, ncols=5, imsize=0.9)
+def _grid(seen, idxs, titles=None, rows=None):
+    return _figure(show_items, 'images', seen.dl, idxs, titles, ncols=5, imsize=0.8, rows=rows)
 
 def _clusters(learn, seen):
     _enough(seen, 40)
@@ -392,15 +393,17 @@ def _clusters(learn, seen):
 def _duplicates(learn, seen):
     _enough(seen, 2)
     df = learn.find_duplicates(dl=seen.dl, features=seen.features[0])
-    n,top = df.group.nunique(),df[df.group<5].groupby('group').head(4)
-    names = top['index'].map(seen.names.__getitem__).groupby(top.group).agg(', '.join)
-    sizes = top.groupby('group')['size'].first()
-    shown = ', the five largest are shown with at most four images each' if n>5 or len(df)>len(top) else ''
     text = ("Training images whose features have a cosine of 0.995 or more: "
-            f"{len(df):,} images in {n:,} groups{shown}. learn.find_duplicates() lists all.")
-    if not n: return dict(text=text)
-    return dict(text=text, figures=[_grid(seen, top['index'].tolist(), [f'group {o+1}' for o in top.group])],
-                head=('group', 'images', 'names'), rows=[(c+1, sizes[c], names[c]) for c in names.index])
+            f"{len(df):,} images in {df.group.nunique():,} groups. The largest are shown, at most five images of each. "
+            "learn.find_duplicates() lists all.")
+    shown,labels,rows = [],[],[]
+    for c,group in df[df.group<5].groupby('group'):
+        idxs = group['index'].tolist()[:5]
+        shown += (idxs+[None]*5)[:5]
+        labels.append(f'group {c+1}\n{len(group):,} images')
+        rows += [(f'group {c+1}', seen.names[i]) for i in idxs]
+    if not rows: return dict(text=text)
+    return dict(text=text, figures=[_grid(seen, shown, rows=labels)], head=('', 'names'), rows=rows)
 
 def _outliers(learn, seen):
     _enough(seen, 12)
@@ -423,21 +426,23 @@ def _what_to_label_first(learn, seen):
 
 # %% ../nbs/11b_report.ipynb #rp34use
 def _arch_code(arch):
-    "`arch` in code as far as its name says it, and a line that must go before"
+    "What `encoder_learner` is told of an architecture, and a line that must go before"
     try: get_arch(arch)
-    except ValueError: return 'arch', f"arch = ...  # what ressl_learner was given, a {arch}\n"
-    return f"get_arch({arch!r})", ''
+    except ValueError: return ', arch', f"arch = ...  # what ressl_learner was given, a {arch}\n"
+    return '', ''
 
 def _how_to_use_it(learn, seen):
-    enc,file = get_model(learn.model).encoder,(learn.path/learn.model_dir/'encoder.pth').absolute()
-    arch,before = _arch_code(enc.arch)
+    file = (learn.path/learn.model_dir/'encoder.pth').absolute()
+    arch,before = _arch_code(get_model(learn.model).encoder.arch)
     save = '' if file.exists() else f"learn.save_encoder({str(file)!r})  # in the session that trained\n\n"
-    return dict(text="An ordinary fastai learner with the pretrained encoder. "
-                     "labelled_dls: DataLoaders of labelled images, without Normalize, which the encoder brings along.",
+    return dict(
+        text="Frozen features and logistic regression as an ordinary fastai learner, in seconds: the best start with few "
+             "labels. With many, go on from there: clf.unfreeze() and clf.fit_one_cycle(n). labelled_dls: DataLoaders of "
+             "labelled images of the same size, without Normalize, which the encoder brings along.",
         code=f"""{save}from ressl_fastai.all import *
-{before}clf = vision_learner(labelled_dls, {arch}, pretrained=False, normalize=False, n_in={enc.n_in}, metrics=accuracy)
-clf.load_encoder({str(file)!r})
-clf.fine_tune(10)""")
+{before}learn = encoder_learner({str(file)!r}, labelled_dls{arch})
+clf = learn.to_classifier(labelled_dls, metrics=accuracy)
+clf.validate()""")
 
 # %% ../nbs/11b_report.ipynb #rp37rep
 _sections = [

@@ -254,7 +254,9 @@ def test_what_cannot_be_described_is_not_kept_and_nothing_is_exported(passes, tm
 def test_a_bar_comes_only_when_there_is_something_to_wait_for(monkeypatch):
     shown,now = [],[0.]
     class Bar:
-        def __init__(self, gen, leave): shown.append(self); self.at = []
+        def __init__(self, gen, leave):
+            self.at,self.start_t = [],100.
+            shown.append(self)
         def update(self, i): self.at.append(i)
     def clock():
         now[0] += step
@@ -265,6 +267,7 @@ def test_a_bar_comes_only_when_there_is_something_to_wait_for(monkeypatch):
         make().embed()
         assert len(shown)==n
     assert shown[0].comment=='embedding 140 images' and shown[0].at==[0,2,3,4,5]
+    assert 90<shown[0].start_t<100  # it began before it was drawn
     with (learn := make()).no_bar(): learn.embed()
     assert len(shown)==1
 

@@ -143,11 +143,12 @@ def test_nothing_about_the_learner_changes(labelled):
 
 def test_lines_that_load_the_encoder_run(labelled, tmp_path):
     learn,html = labelled
-    code = Page(sections(html)['How to use it']).text('code')[0].replace('fine_tune(10)', 'validate()')
+    code = Page(sections(html)['How to use it']).text('code')[0]
     labelled_dls = ImageDataLoaders.from_df(pd.DataFrame(dict(name=[f'{i}.png' for i in range(40)], label=[str(i%2) for i in range(40)])), learn.path, item_tfms=Resize(8), bs=8, num_workers=0)
     scope = dict(learn=learn, labelled_dls=labelled_dls)
     exec(code, scope)
     assert all(torch.equal(a, b) for a,b in zip(scope['clf'].model[0].parameters(), learn.model.encoder[0].parameters()))
+    assert 0<=scope['clf'].validate()[1]<=1
 
     assert 'learn.save_encoder' in code and 'learn.save_encoder' not in sections(learn.report(tmp_path/'b.html', n=20).read_text())['How to use it']
 
