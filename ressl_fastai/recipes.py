@@ -20,6 +20,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/recipes.html.md"""
 __all__ = ['recipes', 'Recipe', 'recipe']
 
 # %% ../nbs/09_recipes.ipynb #70181a87
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from inspect import signature
@@ -43,78 +44,8 @@ from .learner import default_queue_size, ressl_learner
 from .models import get_arch
 from .views import multi_crop_tfms, strong_tfms, weak_tfms
 
-# %% ../nbs/09_recipes.ipynb #95e1339f
-_small,_large,_both = 'official small-image code','official ImageNet code','official code, both'
-
-def _from(source, **values): return {k:(v,source) for k,v in values.items()}
-
-_shared = {
-    **_from(_both, bs=256, mom=0.9, warmup_epochs=5, projector_layers=2, projector_bn=False, predictor_layers=0,
-            warmup=None, student_temp=0.1, teacher_temp=0.04),
-    **_from(_both, scale=(0.2,1.), flip_p=0.5, jitter=(0.4,0.4,0.4,0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5,
-            blur_sigma=(0.1,2.)),
-    **_from(_both+': L2, as in torch.optim.SGD', decouple_wd=False),
-    **_from(_both+': 8 parts of a batch, or 8 GPUs', batch_norm='split', n_splits=8)}
-
-# %% ../nbs/09_recipes.ipynb #1026e521
-_small_shared = {**_shared, **_from(_small, arch=resnet18, n_hidden=2048, dim=128, lr=0.06, wd=5e-4, wd_bn_bias=True),
-    **_from('the paper, by issues 8 and 12 of the official code; small-image archive: 800', n_epoch=200)}
-
-_cifar = {**_small_shared,
-    **_from(_small, size=32, train_set='train, 50,000', stem='small', queue_size=4096, teacher_momentum=0.99),
-    **_from(_small+'; the reimplementation gergopool/sslic: 0 at this size', blur_p=0.5)}
-
-_medium = {**_small_shared, **_from(_small, size=64, stem='small_pool', queue_size=16384, teacher_momentum=0.996)}
-
-# %% ../nbs/09_recipes.ipynb #03a70a23
-_imagenet = {**_shared,
-    **_from(_large, train_set='train, 1,281,167', norm_stats=imagenet_stats, size=224, arch=resnet50, stem='standard',
-            n_hidden=4096, dim=512, queue_size=131072, teacher_momentum=0.999, lr=0.05, wd=1e-4, n_epoch=200),
-    **_from(_large+": none on names with 'bn' or 'bias'", wd_bn_bias=False)}
-
-_crops = _from(_large+' (ressl_multi)', sides=(1, 6/7, 5/7, 4/7, 3/7), min_scales=(0.2,0.172,0.143,0.114,0.086),
-               max_scales=(1.,0.86,0.715,0.571,0.429))
-
-def _lightweight(arch):
-    "ImageNet's recipe for an architecture that the official code does not have"
-    return {**{k:(v, f'ours, as for ResNet-50: {s.removeprefix("ours: ")}') for k,(v,s) in _imagenet.items()},
-            **_from('ours: the abstract of 2203.08717 says EfficientNet and MobileNet, no more', arch=arch)}
-
-# %% ../nbs/09_recipes.ipynb #fb8c8306
-def _plus(facts):
-    "What 2203.08717 adds, as far as that is known"
-    return {**facts,
-        **_from("ours, as in BYOL; the abstract of 2203.08717: 'asymmetric predictor head'", predictor_layers=2),
-        **_from('ours: as wide as the projector', predictor_hidden=facts['n_hidden'][0]),
-        **_from('ours, as in BYOL and SCE', predictor_bn=True),
-        **_from("ours: switched off after 5 epochs; the abstract of 2203.08717: 'InfoNCE warm-up strategy'",
-                warmup=InfoNCEWarmup(5))}
-
-# %% ../nbs/09_recipes.ipynb #f444474c
-def _of(facts, mean, std, **values): return {**facts, **_from(_small, norm_stats=(mean,std), **values)}
-
-_base = {
-    'cifar10': ('CIFAR-10, ResNet-18', _of(_cifar, (0.4914,0.4822,0.4465), (0.2023,0.1994,0.2010))),
-    'cifar100': ('CIFAR-100, ResNet-18', _of(_cifar, (0.5071,0.4867,0.4408), (0.2675,0.2565,0.2761))),
-    'stl10': ('STL-10, ResNet-18', _of(_medium, (0.4408,0.4279,0.3867), (0.2682,0.2610,0.2686),
-        train_set='train and unlabeled, 105,000, of 96 pixels')),
-    'tiny_imagenet': ('Tiny ImageNet, ResNet-18', _of(_medium, (0.4802,0.4481,0.3975), (0.2302,0.2265,0.2262),
-        train_set='train, 100,000')),
-    'imagenet': ('ImageNet, ResNet-50', _imagenet),
-    'imagenet_multicrop': ('ImageNet, ResNet-50, five crops', {**_imagenet, **_crops}),
-    'imagenet_efficientnet_b0': ('ImageNet, EfficientNet-B0', _lightweight(efficientnet_b0)),
-    'imagenet_mobilenet_v3_large': ('ImageNet, MobileNetV3-Large', _lightweight(mobilenet_v3_large))}
-
-def _facts(name):
-    facts = _base[name.removesuffix('_plus')][1]
-    return _plus(facts) if name.endswith('_plus') else facts
-
-# %% ../nbs/09_recipes.ipynb #cc36f30b
-recipes = {k:what for k,(what,_) in _base.items()}
-recipes |= {f'{k}_plus': f'{what}, predictor and InfoNCE warm-up (2203.08717)' for k,what in recipes.items()}
-
 # %% ../nbs/09_recipes.ipynb #1b6d247e
-_goes_to = {nm:where for where,nms in {
+_values_of = {
     'dls': ('train_set','bs','norm_stats'),
     'views': ('size','scale','flip_p'),
     'strong_tfms': ('jitter','jitter_p','gray_p','blur_p','blur_sigma'),
@@ -123,7 +54,9 @@ _goes_to = {nm:where for where,nms in {
                       'predictor_layers','predictor_hidden','predictor_bn','queue_size','teacher_momentum',
                       'student_temp','teacher_temp','warmup'),
     'SGD': ('mom','decouple_wd','wd','wd_bn_bias','lr'),
-    'fit_warmup_cos': ('n_epoch','warmup_epochs')}.items() for nm in nms}
+    'fit_warmup_cos': ('n_epoch','warmup_epochs')}
+
+_goes_to = {nm:where for where,nms in _values_of.items() for nm in nms}
 
 def shown(
     o # Any value
@@ -139,22 +72,39 @@ def shown(
     if isinstance(o, nn.Module): return type(o).__name__
     return getattr(o, '__name__', str(o))
 
+def _did_you_mean(nm, known):
+    near = get_close_matches(nm, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ''
+
 # %% ../nbs/09_recipes.ipynb #29ae1247
+@dataclass(frozen=True, repr=False, eq=False)
 class Recipe:
     "The values of an experiment and their sources; made by `recipe`"
-    def __init__(self,
-        name:str, # What it is called
-        values:dict, # Values by name; None leaves one to the function it goes to
-        sources:dict # Where the values are from, by name; values without a source are not shown
-    ): vars(self).update(name=name, values=values, sources=sources)
+    name:str # What it is called
+    values:dict # All values by name, which are attributes, too; None leaves one to the function it goes to
+    sources:dict # Where the values are from, by name; values without a source are not shown
 
     def __getattr__(self, nm):
-        if nm in vars(self).get('values', {}): return self.values[nm]
+        if nm in _goes_to: return self.values[nm]
         raise AttributeError(f"{type(self).__name__} has no {nm!r}")
 
-    def __setattr__(self, nm, val): raise AttributeError(
-        f"a recipe does not change, make another: recipe({self.name!r}, {nm}=...)")
     def __dir__(self): return [*super().__dir__(), *self.values]
+
+    def read(self, source, **values):
+        "This recipe with values from another source"
+        sources = self.sources | dict.fromkeys(values, source)
+        return replace(self, values=self.values|values, sources=sources)
+
+    def replace(self, **values):
+        "This recipe with values of your own, which its table marks; `arch` may be a name for `get_arch`"
+        for k in values:
+            if k not in _goes_to: raise TypeError(
+                f"recipe has no value {k!r}{_did_you_mean(k, _goes_to)} Its values are {', '.join(_goes_to)}")
+        if isinstance(values.get('arch'), str): values['arch'] = get_arch(values['arch'])
+        sources = dict.fromkeys(values, 'yours')
+        for k in sources.keys() & self.sources.keys():
+            sources[k] = f'yours, instead of {shown(self.values[k])} ({self.sources[k]})'
+        return replace(self, values=self.values|values, sources=self.sources|sources)
 
     @property
     def rows(self):
@@ -163,19 +113,82 @@ class Recipe:
 
     def __repr__(self):
         rows = [('value', self.name, 'goes to', 'source'), *self.rows]
-        widths = [max(len(r[i]) for r in rows) for i in range(3)]
-        return '\n'.join('  '.join([*(o.ljust(w) for o,w in zip(r, widths)), r[3]]) for r in rows)
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return '\n'.join('  '.join(o.ljust(w) for o,w in zip(row, widths)).rstrip() for row in rows)
 
     def _repr_markdown_(self):
         rows = [('value', f'`{self.name}`', 'goes to', 'source'), ['---']*4]
         rows += [(k, v, f'`{where}`', source) for k,v,where,source in self.rows]
         return '\n'.join(f"| {' | '.join(r)} |" for r in rows)
 
-# %% ../nbs/09_recipes.ipynb #dfae2e89
-def _did_you_mean(nm, known):
-    near = get_close_matches(nm, known, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ''
+# %% ../nbs/09_recipes.ipynb #95e1339f
+_small,_large,_both = 'official small-image code','official ImageNet code','official code, both'
 
+_shared = (Recipe('shared', dict.fromkeys(_goes_to), {})
+    .read(_both, bs=256, mom=0.9, warmup_epochs=5, projector_layers=2, projector_bn=False, predictor_layers=0,
+          warmup=None, student_temp=0.1, teacher_temp=0.04)
+    .read(_both, scale=(0.2,1.), flip_p=0.5, jitter=(0.4,0.4,0.4,0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5,
+          blur_sigma=(0.1,2.))
+    .read(_both+': L2, as in torch.optim.SGD', decouple_wd=False)
+    .read(_both+': 8 parts of a batch, or 8 GPUs', batch_norm='split', n_splits=8))
+
+# %% ../nbs/09_recipes.ipynb #1026e521
+_small_images = (_shared
+    .read(_small, arch=resnet18, n_hidden=2048, dim=128, lr=0.06, wd=5e-4, wd_bn_bias=True)
+    .read('the paper, by issues 8 and 12 of the official code; small-image archive: 800', n_epoch=200))
+
+_cifar = (_small_images
+    .read(_small, size=32, train_set='train, 50,000', stem='small', queue_size=4096, teacher_momentum=0.99)
+    .read(_small+'; the reimplementation gergopool/sslic: 0 at this size', blur_p=0.5))
+
+_medium = _small_images.read(_small, size=64, stem='small_pool', queue_size=16384, teacher_momentum=0.996)
+
+# %% ../nbs/09_recipes.ipynb #03a70a23
+_imagenet = (_shared
+    .read(_large, train_set='train, 1,281,167', norm_stats=imagenet_stats, size=224, arch=resnet50, stem='standard',
+          n_hidden=4096, dim=512, queue_size=131072, teacher_momentum=0.999, lr=0.05, wd=1e-4, n_epoch=200)
+    .read(_large+": none on names with 'bn' or 'bias'", wd_bn_bias=False))
+
+_multicrop = _imagenet.read(_large+' (ressl_multi)', sides=(1, 6/7, 5/7, 4/7, 3/7),
+    min_scales=(0.2,0.172,0.143,0.114,0.086), max_scales=(1.,0.86,0.715,0.571,0.429))
+
+def _lightweight(arch):
+    "ImageNet's recipe for an architecture that the official code does not have"
+    ours = replace(_imagenet, sources={k:f'ours, as for ResNet-50: {s}' for k,s in _imagenet.sources.items()})
+    return ours.read('ours: the abstract of 2203.08717 says EfficientNet and MobileNet, no more', arch=arch)
+
+# %% ../nbs/09_recipes.ipynb #fb8c8306
+def _plus(r):
+    "With what 2203.08717 adds, as far as that is known"
+    return (r
+        .read("ours, as in BYOL; the abstract of 2203.08717: 'asymmetric predictor head'", predictor_layers=2)
+        .read('ours: as wide as the projector', predictor_hidden=r.n_hidden)
+        .read('ours, as in BYOL and SCE', predictor_bn=True)
+        .read("ours: switched off after 5 epochs; the abstract of 2203.08717: 'InfoNCE warm-up strategy'",
+              warmup=InfoNCEWarmup(5)))
+
+# %% ../nbs/09_recipes.ipynb #f444474c
+_base = {
+    'cifar10': ('CIFAR-10, ResNet-18',
+        _cifar.read(_small, norm_stats=((0.4914,0.4822,0.4465), (0.2023,0.1994,0.2010)))),
+    'cifar100': ('CIFAR-100, ResNet-18',
+        _cifar.read(_small, norm_stats=((0.5071,0.4867,0.4408), (0.2675,0.2565,0.2761)))),
+    'stl10': ('STL-10, ResNet-18',
+        _medium.read(_small, norm_stats=((0.4408,0.4279,0.3867), (0.2682,0.2610,0.2686)),
+                     train_set='train and unlabeled, 105,000, of 96 pixels')),
+    'tiny_imagenet': ('Tiny ImageNet, ResNet-18',
+        _medium.read(_small, norm_stats=((0.4802,0.4481,0.3975), (0.2302,0.2265,0.2262)),
+                     train_set='train, 100,000')),
+    'imagenet': ('ImageNet, ResNet-50', _imagenet),
+    'imagenet_multicrop': ('ImageNet, ResNet-50, five crops', _multicrop),
+    'imagenet_efficientnet_b0': ('ImageNet, EfficientNet-B0', _lightweight(efficientnet_b0)),
+    'imagenet_mobilenet_v3_large': ('ImageNet, MobileNetV3-Large', _lightweight(mobilenet_v3_large))}
+
+# %% ../nbs/09_recipes.ipynb #cc36f30b
+recipes = {k:what for k,(what,_) in _base.items()}
+recipes |= {f'{k}_plus': f'{what}, predictor and InfoNCE warm-up (2203.08717)' for k,what in recipes.items()}
+
+# %% ../nbs/09_recipes.ipynb #dfae2e89
 def recipe(
     name:str, # One of `recipes`
     **overrides # Values of your own, by their names in the table
@@ -183,16 +196,9 @@ def recipe(
     "The values of an experiment of 2107.09282, or of its extension"
     if name not in recipes: raise ValueError(
         f"name must be one of {', '.join(recipes)}, got {name!r}{_did_you_mean(str(name), recipes)}")
-    for k in overrides:
-        if k not in _goes_to: raise TypeError(
-            f"recipe has no value {k!r}{_did_you_mean(k, _goes_to)} Its values are {', '.join(_goes_to)}")
-    if isinstance(overrides.get('arch'), str): overrides['arch'] = get_arch(overrides['arch'])
-    facts = _facts(name)
-    values,sources = {k:facts.get(k, (None,))[0] for k in _goes_to},{k:s for k,(_,s) in facts.items()}
-    for k,v in overrides.items():
-        sources[k] = f'yours, instead of {shown(values[k])} ({sources[k]})' if k in sources else 'yours'
-        values[k] = v
-    return Recipe(name, values, sources)
+    _,r = _base[name.removesuffix('_plus')]
+    if name.endswith('_plus'): r = _plus(r)
+    return replace(r, name=name).replace(**overrides)
 
 # %% ../nbs/09_recipes.ipynb #28b276cd
 @patch
@@ -223,17 +229,12 @@ def learner_kwargs(self:Recipe) -> dict: # Beside `dls` and `arch`
     strong = given('flip_p', 'jitter', 'jitter_p', 'gray_p', 'blur_p', 'blur_sigma')
     if self.sides is None: strong = strong_tfms(self.size, self.scale, **strong)
     else: strong = multi_crop_tfms(self.size, **given('sides', 'min_scales', 'max_scales'), **strong)
+    as_they_are = [k for k in _values_of['ressl_learner'] if k not in ('arch','n_splits')]
     return dict(
         size=self.size, weak_tfms=weak_tfms(self.size, self.scale, flip_p=self.flip_p), strong_tfms=strong,
-        **given(*(k for k,where in _goes_to.items() if where=='ressl_learner' and k not in ('arch','n_splits'))),
+        **given(*as_they_are, 'lr', 'wd', 'wd_bn_bias'),
         n_splits=max(1, self.n_splits//(num_distrib() or 1)),  # as of bs, each process has its share
-        opt_func=partial(SGD, mom=self.mom, decouple_wd=self.decouple_wd), moms=(self.mom,)*3,
-        **given('lr', 'wd', 'wd_bn_bias'))
-
-@patch
-def fit_kwargs(self:Recipe) -> dict: # For a learner
-    "What `fit_warmup_cos` is called with"
-    return dict(n_epoch=self.n_epoch, lr_max=self.lr, warmup_epochs=self.warmup_epochs)
+        opt_func=partial(SGD, mom=self.mom, decouple_wd=self.decouple_wd), moms=(self.mom,)*3)
 
 # %% ../nbs/09_recipes.ipynb #e5833cf0
 def _split_misfit(recipe, bs):
@@ -255,12 +256,12 @@ def recipe_misfits(
     if recipe.queue_size is not None and recipe.queue_size>n:
         res['queue_size'] = f"{n} training images cannot fill queue_size={recipe.queue_size}",default_queue_size(n)
     if recipe.norm_stats is None: return res
-    norm,(mean,std) = get_normalize(dls),recipe.norm_stats
-    if len(mean)!=n_in: res['norm_stats'] = f"images have {n_in} channels, norm_stats {len(mean)}",None
+    norm,stats = get_normalize(dls),recipe.norm_stats
+    if len(stats[0])!=n_in: res['norm_stats'] = f"images have {n_in} channels, norm_stats {len(stats[0])}",None
     elif norm is not None:
-        theirs = tuple(tuple(o.flatten().tolist()) for o in (norm.mean,norm.std))
-        if max(abs(a-b) for x,y in zip((mean,std), theirs) for a,b in zip(x, y))>1e-4:
-            res['norm_stats'] = f"Normalize has {shown(theirs)}, norm_stats is {shown(recipe.norm_stats)}",None
+        theirs = [o.flatten().tolist() for o in (norm.mean,norm.std)]
+        if not np.allclose(theirs, stats, rtol=0, atol=1e-4):
+            res['norm_stats'] = f"Normalize has {shown(theirs)}, norm_stats is {shown(stats)}",None
     return res
 
 def _check_dls(recipe, dls):
@@ -278,7 +279,7 @@ def learner(self:Recipe,
     **kwargs
 ) -> Learner: # `fit` of the recipe trains it
     "A `ressl_learner` with the values of this recipe"
-    if own := [k for k in kwargs if k in self.values]:
+    if own := [k for k in kwargs if k in _goes_to]:
         calls = f"recipe({self.name!r}, {', '.join(f'{k}=...' for k in own)}).learner(dls)"
         raise TypeError(f"{' and '.join(own)} belong to the recipe: {calls}")
     args = {**self.learner_kwargs(), **kwargs}
@@ -296,10 +297,9 @@ def fit(self:Recipe,
     **kwargs
 ):
     "Train `learn` with the schedule of this recipe"
-    given = dict(n_epoch=n_epoch, warmup_epochs=warmup_epochs)
-    kwargs = {**self.fit_kwargs(), **{k:v for k,v in given.items() if v is not None}, **kwargs}
-    n_epoch,warmup = kwargs['n_epoch'],self.warmup
+    n_epoch,warmup_epochs = ifnone(n_epoch, self.n_epoch),ifnone(warmup_epochs, self.warmup_epochs)
+    warmup = self.warmup
     if isinstance(warmup, InfoNCEWarmup) and warmup.end<1 and warmup(1-1/n_epoch, n_epoch)==1:
         raise ValueError(
             f"n_epoch={n_epoch} leaves no epoch for the relational loss after the recipe's warmup={shown(warmup)}")
-    learn.fit_warmup_cos(**kwargs)
+    learn.fit_warmup_cos(n_epoch, self.lr, warmup_epochs, **kwargs)
