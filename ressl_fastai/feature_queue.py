@@ -12,6 +12,8 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/feature_queue.html.md"""
 __all__ = ['FeatureQueue']
 
 # %% ../nbs/01_feature_queue.ipynb #dd0afa5f
+from numbers import Integral
+
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -26,7 +28,7 @@ class FeatureQueue(nn.Module):
     ):
         super().__init__()
         for name,val in (('size',size), ('dim',dim)):
-            if not isinstance(val, int) or val<1: raise ValueError(
+            if not isinstance(val, Integral) or val<1: raise ValueError(
                 f"{name} must be a whole number of at least 1, got {val!r}")
         self.register_buffer('feats', torch.zeros(size, dim, dtype=dtype))
         self.register_buffer('ptr', torch.zeros((), dtype=torch.long))

@@ -59,17 +59,16 @@ def _n_logits(
 
 def _read_out(z, queue):
     "Of the logits `z @ queue.T`: their log-sum-exp (bs,) and the mean of the queue weighted by their softmax (bs, dim)"
-    top = total = mean = None
+    top = z.new_full((len(z), 1), -torch.inf)  # the largest logit so far; `total` and `mean` are relative to its exp
+    total,mean = torch.zeros_like(top),torch.zeros_like(z)
     for q in queue.split(max(1, _n_logits(z.device)//len(z))):
         q = q.to(z.dtype)
         logits = z @ q.T
-        new_top = logits.amax(1, keepdim=True)
-        if top is not None: new_top = torch.maximum(top, new_top)
+        new_top = torch.maximum(top, logits.amax(1, keepdim=True))
         p = logits.sub_(new_top).exp_()
-        if top is None: total,mean = p.sum(1, keepdim=True),p @ q
-        else:
-            scale = (top-new_top).exp_()
-            total,mean = total.mul_(scale).add_(p.sum(1, keepdim=True)),mean.mul_(scale).addmm_(p, q)
+        scale = (top-new_top).exp_()
+        total.mul_(scale).add_(p.sum(1, keepdim=True))
+        mean.mul_(scale).addmm_(p, q)
         top = new_top
     return (top + total.log())[:,0],mean/total
 
@@ -91,9 +90,9 @@ def _check_embeddings(z_student, z_teacher, queue):
     "Shapes that fit together, and the precision to compute in: float32 or better"
     for z in (z_student, z_teacher): _check_queue(z, queue)
     if not len(z_teacher) or len(z_student)%len(z_teacher) or not len(z_student):
-        raise ValueError("z_student must hold one or more crops of every image of z_teacher, (V*bs, dim) and "
-                         "(bs, dim), "
-                         f"got {tuple(z_student.shape)} and {tuple(z_teacher.shape)}")
+        raise ValueError(
+            "z_student must hold one or more crops of every image of z_teacher, (V*bs, dim) and (bs, dim), got "
+            f"{tuple(z_student.shape)} and {tuple(z_teacher.shape)}")
     return torch.promote_types(_dtype(z_student, queue), z_teacher.dtype)
 
 # %% ../nbs/00_losses.ipynb #fe87c602
@@ -106,7 +105,8 @@ def ressl_loss(
     reduction:str='mean' # 'mean' over views and images, 'sum', or 'none' for one value per row of `z_student`
 ) -> Tensor: # Scalar in float32 (float64 if an input is), or (V*bs,) with `reduction='none'`
     "Cross entropy of the student's relation with the teacher's (2107.09282, eq. 5)"
-    _check_temp('student_temp', student_temp); _check_temp('teacher_temp', teacher_temp)
+    _check_temp('student_temp', student_temp)
+    _check_temp('teacher_temp', teacher_temp)
     dtype = _check_embeddings(z_student, z_teacher, queue)
     with torch.autocast(z_student.device.type, enabled=False):
         z,n = z_student.to(dtype)/student_temp,len(z_student)

@@ -57,8 +57,8 @@ class FusedAdam(Optimizer):
     @torch.no_grad()
     def _step(self, ps, **hypers):
         states = [self._ready(p) for p in ps]
-        avgs,sqrs,steps = ([s[k] for s in states] for k in ('grad_avg','sqr_avg','step'))
-        adamw(ps, [p.grad for p in ps], avgs, sqrs, [], steps, fused=True, amsgrad=False, maximize=False, **hypers)
+        adamw(ps, [p.grad for p in ps], [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [],
+              [s['step'] for s in states], fused=True, amsgrad=False, maximize=False, **hypers)
 
     def _ready(self, p):
         "The state of `p`, laid out as `p` is, also where it was loaded or begun on another device"

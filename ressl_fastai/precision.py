@@ -28,6 +28,8 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn.modules.conv import _ConvNd
 
+from .models import evaluating
+
 # %% ../nbs/05a_precision.ipynb #5a000007
 def has_bfloat16(
     device:torch.device|str # Where it would compute
@@ -84,7 +86,7 @@ def why_precision(
 # %% ../nbs/05a_precision.ipynb #5a000024
 def _small_maps(model, shapes):
     "Convolutions whose maps are smaller than kernel and stride together, with the shapes of these maps"
-    found,modes,p = {},[(m,m.training) for m in model.modules()],next(model.parameters())
+    found,p = {},next(model.parameters())
     def note(m, args):
         x = args[0]
         reach = [d*(k-1)+1+s for d,k,s in zip(m.dilation, m.kernel_size, m.stride)]
@@ -92,12 +94,10 @@ def _small_maps(model, shapes):
         if any(n<r for n,r in zip(x.shape[2:], reach)): found[kind] = m,x.shape
     hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, _ConvNd)]
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(model), torch.random.fork_rng(devices=[]):
             for shape in shapes: model(torch.zeros(2, *shape, device=p.device, dtype=p.dtype))
     finally:
         for h in hooks: h.remove()
-        for m,mode in modes: m.training = mode
     return found.values()
 
 def _passes(conv, x, dtype):
@@ -113,8 +113,10 @@ def _is_wrong(conv, shape, dtype, layout, repeats=4):
     x = x.contiguous(memory_format=layout).requires_grad_(True)
     exact = _passes(conv, x, None)
     for _ in range(repeats):
-        [torch.full_like(conv.weight, torch.nan) for _ in range(4)]  # memory that is given out again
-        if any(not (o-e).norm()<=0.02*e.norm() for o,e in zip(_passes(conv, x, dtype), exact)): return True
+        spoiled = [torch.full_like(conv.weight, torch.nan) for _ in range(4)]
+        del spoiled  # memory that is given out again
+        for o,e in zip(_passes(conv, x, dtype), exact):
+            if not (o-e).norm()<=0.02*e.norm(): return True
     return False
 
 @torch.enable_grad()
@@ -132,7 +134,6 @@ def half_fault(
             kind = str(dtype).removeprefix('torch.')
             return f"{conv} on maps of {size} has wrong gradients in {kind} on this machine"
     return ''
-
 
 # %% ../nbs/05a_precision.ipynb #5a000014
 class DevicePrecision(Callback):

@@ -56,7 +56,8 @@ _values_of = {
     'SGD': ('mom','decouple_wd','wd','wd_bn_bias','lr'),
     'fit_warmup_cos': ('n_epoch','warmup_epochs')}
 
-_goes_to = {nm:where for where,nms in _values_of.items() for nm in nms}
+_goes_to = {}
+for where,nms in _values_of.items(): _goes_to.update(dict.fromkeys(nms, where))
 
 def shown(
     o # Any value
@@ -114,7 +115,8 @@ class Recipe:
     def __repr__(self):
         rows = [('value', self.name, 'goes to', 'source'), *self.rows]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        return '\n'.join('  '.join(o.ljust(w) for o,w in zip(row, widths)).rstrip() for row in rows)
+        def line(row): return '  '.join(o.ljust(w) for o,w in zip(row, widths)).rstrip()
+        return '\n'.join(map(line, rows))
 
     def _repr_markdown_(self):
         rows = [('value', f'`{self.name}`', 'goes to', 'source'), ['---']*4]

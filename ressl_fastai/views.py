@@ -21,6 +21,7 @@ __all__ = ['crop_boxes', 'resize_taps', 'weigh_rows', 'blur_taps', 'color_matric
 # %% ../nbs/03_views.ipynb #caaa5b04
 import math, warnings
 from functools import lru_cache
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -70,8 +71,8 @@ def resize_taps(
     centre = (start+last)/2 + torch.arange((1-size)/2, size/2, device=start.device)[:,None]*step
     first = (centre-reach).floor() + 1
     if k==2:  # nothing shrinks: two pixels, of which the one beyond the border is the one at it
-        part = centre-first
-        return (first+torch.arange(2., device=start.device)).clamp(start, last).int(),torch.cat([1-part, part], 2)
+        pixels,part = first + torch.arange(2., device=start.device),centre-first
+        return pixels.clamp(start, last).int(),torch.cat([1-part, part], 2)
     pixels = first + torch.arange(k, device=start.device)
     inside = pixels.clamp(start, last)
     weights = (1 - (pixels-centre).abs()/reach).clamp(min=0) * (pixels==inside)
@@ -86,7 +87,8 @@ def _all_taps(n, size, device):
 def _look_up(start, length, flipped, n, size, k=None):
     "`resize_taps` of whole numbers"
     if n>512: return resize_taps(start, length, size, flipped, k)  # a table of more than 8 MB
-    (pixels,weights),i = _all_taps(n, size, start.device),length+flipped*(n+1)
+    pixels,weights = _all_taps(n, size, start.device)
+    i = length+flipped*(n+1)
     return pixels.index_select(0, i).add_(start[:,None,None]),weights.index_select(0, i)
 
 # %% ../nbs/03_views.ipynb #5d0f7a11
@@ -168,27 +170,30 @@ def send(
 ) -> list: # The same there
     "All in one copy that nobody waits for: a GPU fetches it from pinned memory when it comes to it"
     if device.type=='cpu': return tensors
-    # numbers of 8 bytes begin at multiples of 8
+    # numbers of 8 bytes first, so that they begin at multiples of 8
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     parts = [tensors[i].as_subclass(Tensor).reshape(-1).view(torch.uint8) for i in order]
     together = torch.cat(parts)
     if device.type=='cuda': together = together.pin_memory()
-    there = dict(zip(order, together.to(device, non_blocking=True).split([len(o) for o in parts])))
-    return [there[i].view(o.dtype).view(o.shape).as_subclass(type(o)) for i,o in enumerate(tensors)]
+    there = together.to(device, non_blocking=True).split([len(o) for o in parts])
+    res = list(tensors)
+    for i,part in zip(order, there): res[i] = part.view(res[i].dtype).view(res[i].shape).as_subclass(type(res[i]))
+    return res
 
 # %% ../nbs/03_views.ipynb #bbe7155e
-def _resample(x, taps):
+def _resample(x, rows, cols):
     "Rows, then columns, as rows of the transposed images: the result has columns first, as the next two expect"
-    x = x.float()
-    for o in taps: x = weigh_rows(x, *o).mT
-    return x
+    x = weigh_rows(x.float(), *rows).mT
+    return weigh_rows(x, *cols).mT
 
 def _blur(x, blurred, sigma, reach):
     "In place, and of those images that are blurred at all"
     if not len(blurred): return
     x = x.mT
-    taps = {n:blur_taps(sigma, n, reach) for n in set(x.shape[2:])}
-    x[blurred] = _resample(x.index_select(0, blurred), [taps[n] for n in x.shape[2:]])
+    n_rows,n_cols = x.shape[2:]
+    rows = blur_taps(sigma, n_rows, reach)
+    cols = rows if n_rows==n_cols else blur_taps(sigma, n_cols, reach)
+    x[blurred] = _resample(x.index_select(0, blurred), rows, cols)
 
 def _color(x, jitter, out):
     x,c = x.mT,x.shape[1]
@@ -210,11 +215,12 @@ class RandomView:
         generator:torch.Generator=None # CPU source of the random numbers; default: torch's own
     ):
         store_attr()
-        self.size,self._said = tuple(size) if isinstance(size, (tuple,list)) else (size,size),False
+        self.size = tuple(size) if isinstance(size, (tuple,list)) else (size,size)
+        self._said = False  # whether it was told what is left out
         self._check()
 
     def _check(self):
-        if len(self.size)!=2 or not all(isinstance(o,int) and o>0 for o in self.size):
+        if len(self.size)!=2 or not all(isinstance(o, Integral) and o>0 for o in self.size):
             raise ValueError(f"size must be one or two whole numbers of at least 1, got {self.size}")
         for nm in ('scale','ratio','blur_sigma'):
             lo,hi = getattr(self, nm)
@@ -249,25 +255,27 @@ class RandomView:
             jitter = draw_jitter(len(x), *self.jitter, self.jitter_p, self.gray_p, self.generator)
         n,ks = self._at_a_time(x),self._most_pixels(boxes)
         blurred,sigmas,reaches = self._blurred(sigma.split(n))
-        sent = send([*blurred, *sigmas, boxes.int().T, jitter, flipped], x.device)
-        blurred,sigmas,(boxes,jitter,flipped) = sent[:len(blurred)],sent[len(blurred):-3],sent[-3:]
-        taps = self._taps(boxes, flipped, x, ks)
-        for j,i in enumerate(range(0, len(x), n)):
-            part = slice(i, i+n)
-            y = _resample(x[part], [[o[part] for o in axis] for axis in taps])
-            if blurred: _blur(y, blurred[j], sigmas[j], reaches[j])
+        boxes,jitter,flipped,*rest = send([boxes.int().T, jitter, flipped, *blurred, *sigmas], x.device)
+        blurred,sigmas = rest[:len(blurred)],rest[len(blurred):]
+        rows,cols = self._taps(boxes, flipped, x, ks)
+        for i,first in enumerate(range(0, len(x), n)):
+            part = slice(first, first+n)
+            y = _resample(x[part], [o[part] for o in rows], [o[part] for o in cols])
+            if blurred: _blur(y, blurred[i], sigmas[i], reaches[i])
             if len(jitter): _color(y, jitter[part], v[part])
             else: v[part] = y
 
     def _most_pixels(self, boxes):
         "Of an image that make a pixel of the view: in rows and in columns"
-        return [max(2, math.ceil(2*longest/size)) for longest,size in zip(boxes[:,2:].amax(0).tolist(), self.size)]
+        longest = boxes[:,2:].amax(0).tolist()
+        return [max(2, math.ceil(2*n/size)) for n,size in zip(longest, self.size)]
 
     def _blurred(self, sigmas):
         "Of each part of the batch: which images are blurred, how much, and how many pixels far; nothing without blur"
         if not self.blur_p: return [],[],[]
         which = [o.nonzero()[:,0] for o in sigmas]
-        return which,[o[i] for o,i in zip(sigmas, which)],[_reach(o) for o in sigmas]
+        amounts = [o[i] for o,i in zip(sigmas, which)]
+        return which,amounts,[_reach(o) for o in sigmas]
 
     def _at_a_time(self, x):
         "Images that fit a processor's cache; on a GPU all"
@@ -284,20 +292,22 @@ class RandomView:
     def _draw(self, bs, h, w):
         "Boxes (bs, 4), whether flipped (bs,) and standard deviation of the blur (bs,), 0 without"
         boxes = crop_boxes(bs, h, w, self.scale, self.ratio, self.generator)
-        (flip,blur,sigma),(lo,hi) = torch.rand(3, bs, generator=self.generator),self.blur_sigma
+        flip,blur,sigma = torch.rand(3, bs, generator=self.generator)
+        lo,hi = self.blur_sigma
         return boxes,flip<self.flip_p,(lo+(hi-lo)*sigma).where(blur<self.blur_p, 0.)
 
     def _taps(self, boxes, flipped, x, ks):
-        "Of rows and of columns, made of at most `ks` pixels: crop, flip and resize"
-        start,length = boxes.chunk(2)  # each (2, bs): of rows, of columns
-        flips = torch.stack([torch.zeros_like(flipped), flipped])
+        "Which pixels make the rows of the views and which the columns, at most `ks`, with weights: crop, flip, resize"
+        starts,lengths = boxes[:2],boxes[2:]  # each (2, bs): of rows, of columns
+        flips = torch.stack([torch.zeros_like(flipped), flipped])  # only columns
         (n_rows,n_cols),(h,w) = x.shape[2:],self.size
-        if h==w and n_rows==n_cols:  # both at once
-            pixels,weights = _look_up(start.flatten(), length.flatten(), flips.flatten(), n_rows, h, max(ks))
-            rows,cols = zip(pixels.chunk(2), weights.chunk(2))
+        if n_rows==n_cols and h==w:  # one look-up for both
+            pixels,weights = _look_up(starts.flatten(), lengths.flatten(), flips.flatten(), n_rows, h, max(ks))
+            n = len(flipped)
+            rows,cols = (pixels[:n],weights[:n]),(pixels[n:],weights[n:])
         else:
-            rows = _look_up(start[0], length[0], flips[0], n_rows, h, ks[0])
-            cols = _look_up(start[1], length[1], flips[1], n_cols, w, ks[1])
+            rows = _look_up(starts[0], lengths[0], flips[0], n_rows, h, ks[0])
+            cols = _look_up(starts[1], lengths[1], flips[1], n_cols, w, ks[1])
         if x.dtype==torch.uint8: rows = rows[0],rows[1]/255
         return rows,cols
 
@@ -353,13 +363,12 @@ def show_views(
     imsize:float=1. # Side of a picture in inches
 ):
     "Images, their weak views and their strong views, one column per image"
-    strong = listify(strong)
-    x = x[:n].as_subclass(Tensor)
-    rows = [o.float().cpu().clamp(0,1) for o in (x, weak(x), *(tfm(x) for tfm in strong))]
-    ims = [im if len(im) in (1,3) else im.mean(0, keepdim=True) for row in rows for im in row]
+    strong,x = listify(strong),x[:n].as_subclass(Tensor)
+    rows = [x, weak(x), *(tfm(x) for tfm in strong)]
+    titles = ['images', 'weak views, for the teacher', *['strong views, for the student']*len(strong)]
     fig,axs = subplots(len(rows), len(x), imsize=imsize)
-    for ax,im in zip(axs.flat, ims): show_image(im, ax=ax, cmap='gray')
-    titles = ['images', 'weak views, for the teacher'] + ['strong views, for the student']*len(strong)
-    for ax,title in zip(axs.flat[::len(x)], titles):
-        ax.set_title(title, loc='left', fontsize=9)
+    for row,title,row_axs in zip(rows, titles, axs.reshape(len(rows), -1)):
+        for im,ax in zip(row.float().cpu().clamp(0, 1), row_axs):
+            show_image(im if len(im) in (1,3) else im.mean(0, keepdim=True), ax=ax, cmap='gray')
+        row_axs[0].set_title(title, loc='left', fontsize=9)
     fig.tight_layout(pad=0.3)

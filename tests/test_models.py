@@ -201,7 +201,7 @@ def test_copies_of_the_model(arch, tmp_path):
         assert m.encoder.extra_repr()==model.encoder.extra_repr() and not any(p.requires_grad for p in m.teacher.parameters())
 
 def test_stochastic_depth_is_off_in_the_teacher():
-    model,x = ReSSLModel(create_encoder(tv.efficientnet_b0, size=32), 8, n_hidden=16, dim=6),torch.randn(8, 3, 32, 32)
+    model,x = ReSSLModel(create_encoder(tv.efficientnet_b0, size=32), 8, n_hidden=16, dim=6, projector_bn=False),torch.randn(8, 3, 32, 32)
     def repeats(net):
         with torch.no_grad(): return torch.equal(net(x), net(x))
     model.train()

@@ -2,7 +2,7 @@
 import random
 from collections import deque
 
-import pytest, torch
+import numpy as np, pytest, torch
 
 from ressl_fastai.feature_queue import FeatureQueue
 
@@ -57,3 +57,8 @@ def test_rows_are_copied_without_gradient():
     queue.enqueue(z)
     with torch.no_grad(): z.zero_()
     assert not queue.feats.requires_grad and queue.filled.abs().sum()>0
+
+def test_whole_numbers_of_any_kind():
+    assert FeatureQueue(np.int64(4), np.int32(2)).feats.shape==(4,2)
+    for bad in (4., np.float64(4), '4', None, 0, np.int64(-1)):
+        with pytest.raises(ValueError, match='size must be a whole number of at least 1'): FeatureQueue(bad, 2)
