@@ -29,6 +29,12 @@ outputs: .venv/.ready  ## run every notebook and keep what it shows, then sync
 	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb nbs/*/*.ipynb
 	$(MAKE) sync
 
+docs: .venv/.ready  ## the site in _docs: made, and looked at for dead links, pictures without text and symbols without entry
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/site/build.py
+
+docs-serve: docs  ## show it
+	$(BIN)/python -m http.server --directory _docs 8000
+
 release-check: .venv/.ready  ## sdist, the wheel from it, both checked, installed into an empty environment, README's lines run
 	rm -rf dist build
 	$(BIN)/pip install --quiet --disable-pip-version-check build twine
@@ -39,4 +45,4 @@ release-check: .venv/.ready  ## sdist, the wheel from it, both checked, installe
 clean:  ## remove what can be made again, the environment too
 	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache
 
-.PHONY: help test demo sync outputs release-check clean
+.PHONY: help test demo sync outputs docs docs-serve release-check clean
