@@ -39,8 +39,8 @@ from sklearn.metrics import recall_score
 
 from common import emoji, receipt
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import embed, fit_logistic, linear_probe
-from ressl_fastai.label_efficiency import _NoValidation, draw_labels, labelled_part, pixel_features
+from ressl_fastai.evaluate import embed, fit_logistic, linear_probe, pixel_features
+from ressl_fastai.label_efficiency import NoValidation, draw_labels, labelled_part
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.transfer import encoder_learner
@@ -94,13 +94,13 @@ def train(learn, seconds=None, n_steps=None):
     start = time.perf_counter()
     if n_steps is None:
         state = {k:v.clone() for k,v in learn.model.state_dict().items()}
-        with quiet(learn): learn.fit(math.ceil(8/len(learn.dls.train)), lr, cbs=_NoValidation())
+        with quiet(learn): learn.fit(math.ceil(8/len(learn.dls.train)), lr, cbs=NoValidation())
         learn.model.load_state_dict(state)
         steps = math.ceil(8/len(learn.dls.train))*len(learn.dls.train)
         spent = time.perf_counter()-start
         n_steps = max(1, (seconds-spent)/(spent/steps))
     learn.opt = None
-    with quiet(learn): learn.fit_one_cycle(max(1, round(n_steps/len(learn.dls.train))), lr, cbs=_NoValidation())
+    with quiet(learn): learn.fit_one_cycle(max(1, round(n_steps/len(learn.dls.train))), lr, cbs=NoValidation())
     return time.perf_counter()-start
 
 def pretrain(data, x, seed, minutes):
@@ -152,7 +152,7 @@ class Task:
             train(clf, self.pretrain_seconds+seconds['classifier'])
         elif row=='fine_tune(10)':
             clf = self.student.to_vision_learner(part)
-            with quiet(clf): clf.fine_tune(10, cbs=_NoValidation())
+            with quiet(clf): clf.fine_tune(10, cbs=NoValidation())
         elif row in ('classifier','trained on'): clf = self.student.to_classifier(part)
         elif row=='teacher': clf = self.teacher.to_classifier(part)
         if row=='trained on':

@@ -16,8 +16,8 @@ from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitte
 from fastcore.script import call_parse
 
 from common import emoji, fashion_mnist, receipt
-from ressl_fastai.evaluate import embed, knn_accuracy
-from ressl_fastai.label_efficiency import label_efficiency, label_rows, pixel_features
+from ressl_fastai.evaluate import embed, knn_accuracy, pixel_features
+from ressl_fastai.label_efficiency import label_efficiency, label_rows
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.transfer import encoder_learner
 from ressl_fastai.models import small_resnet

@@ -29,8 +29,8 @@ _loading = 'loading PyTorch and fastai ...' if _at_terminal() and Path(sys.argv[
 if _loading: print(_loading, end='\r', flush=True)
 
 # %% ../nbs/12_cli.ipynb #17a0ea39
-import json, math, os, re, shlex, shutil, traceback, warnings
-from contextlib import contextmanager, suppress
+import json, re, shlex, shutil, traceback, warnings
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -50,7 +50,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import fit_one_cycle  # puts it on Learner
 from fastai.learner import Learner
 from fastai.torch_core import no_random, set_seed
-from fastcore.basics import noop, store_attr
+from fastcore.basics import noop
 from fastcore.script import CliError, call_parse
 from pandas import DataFrame
 
@@ -58,11 +58,11 @@ from . import __version__
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls, encoded_targets, find_data, folder_dls, free_memory
-from .evaluate import KNNAccuracy, embed, knn_accuracy, linear_accuracy
+from .evaluate import (KNNAccuracy, embed, knn_accuracy, linear_accuracy, pixel_features,
+                                   principal_components)
 from .files import check_writable, hold, make_folder, to_disk, write_text, write_torch, writing
 from .health import HealthMonitor
-from .label_efficiency import (label_efficiency, pixel_features, plot_labels, principal_components,
-                                           summarize_labels)
+from .label_efficiency import label_efficiency, plot_labels, summarize_labels
 from .learner import ressl_learner
 from .loaders import first_images, spread, subset
 from .models import ReSSLModel, create_encoder, get_arch, small_resnet
@@ -643,7 +643,7 @@ def _embed_data(encoder, data, size, bs, skip_bad, num_workers):
     learn,loaders = encoder_learner(file, dls),[dl for dl in dls if dl.n]
     n = sum(dl.n for dl in loaders)
     print(f"embedding {n:,} images of {data} with {file}: {state['arch']} at {size} pixels", flush=True)
-    parts = [embed(learn, dl, progress=_at_terminal()) for dl in loaders]
+    with nullcontext() if _at_terminal() else learn.no_bar(): parts = [learn.embed(dl) for dl in loaders]
     x,y = torch.cat([x for x,_ in parts]),[] if parts[0][1] is None else torch.cat([y for _,y in parts]).tolist()
     return [str(o) for dl in loaders for o in dl.items],[str(dls.vocab[i]) for i in y] or None,x
 

@@ -9,6 +9,7 @@ from fastcore.script import CliError
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fastai.learner import Learner
 from ressl_fastai import cli
 from ressl_fastai.cli import Interrupted, ressl_embed
 from ressl_fastai.data import find_images, folder_dls
@@ -121,7 +122,7 @@ def test_a_mistake_is_one_sentence_before_the_work(there, nm, monkeypatch, capsy
 
 def test_ctrl_c_writes_nothing(there, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'embed', interrupt)
+    monkeypatch.setattr(Learner, 'embed', interrupt)
     with pytest.raises(Interrupted):
         ressl_embed(str(there/'run'), str(there/'flat'), str(tmp_path/'e.csv'), num_workers=0)
     assert capsys.readouterr().err.strip()=='ressl_embed: interrupted; nothing was written'
