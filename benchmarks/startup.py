@@ -56,8 +56,8 @@ def main(
         tmp = Path(tmp)
         make_files(tmp/'images', n)
         env = {**os.environ, 'PYTHONPATH':str(tree or root), 'XDG_CACHE_HOME':str(tmp/'cache'), 'OMP_NUM_THREADS':'1'}
-        for i in range(times):
+        for i in range(times):  # in another folder: Python looks for packages there first
             args = [sys.executable, '-W', 'ignore', '-c', child, tmp/'images', tmp/f'run{i}', str(size)]
-            res = subprocess.run(args, env=env, stdout=subprocess.PIPE, text=True, check=True)
+            res = subprocess.run(args, cwd=tmp, env=env, stdout=subprocess.PIPE, text=True, check=True)
             code = subprocess.run(['git', '-C', tree or root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
             receipt('startup', n=n, size=size, start=i+1, tree=code.stdout.strip(), **json.loads(res.stdout.splitlines()[-1]))

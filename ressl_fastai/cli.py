@@ -53,7 +53,6 @@ from fastai.torch_core import no_random, set_seed
 from fastcore.basics import noop
 from fastcore.script import CliError, call_parse
 from pandas import DataFrame
-from sklearn.exceptions import ConvergenceWarning
 
 from . import __version__
 from .callback import InfoNCEWarmup
@@ -189,6 +188,11 @@ def _sentence(command, e):
     where = traceback.extract_tb(e.__traceback__)[-1]
     return f'{command}: {type(e).__name__}: {text} ({where.filename}, line {where.lineno})'
 
+def _show_warning(message, *args, **kwargs):
+    "A line of its own, without the place in the code; in a terminal where the bar was"
+    if _at_terminal(): print('\r\x1b[K', end='', file=sys.stderr)
+    print(message, file=sys.stderr)
+
 @contextmanager
 def _in_one_sentence(command):
     "Errors inside become a `CliError`; set `folder` of what is given when there is one"
@@ -197,7 +201,8 @@ def _in_one_sentence(command):
     if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', ConvergenceWarning)
+            warnings.filterwarnings('ignore', module=r'(PIL|matplotlib|numpy|sklearn|torch|torchvision)\b')
+            warnings.showwarning = _show_warning
             yield run
     except CliError: raise
     except KeyboardInterrupt as e:
@@ -444,7 +449,8 @@ def _run(learn, fit, out, config, lock=None, report=True):
     plt.close()
     dls,how,show = learn.dls,f"{config['arch']} at {config['size']} pixels",partial(print, flush=True)
     show(f"{dls.train.n} images for training, {dls.valid.n} held out; {how}; results in {out}/")
-    if text := _before_long(learn, config['size'], config['epochs'], config['bs']): show(text)
+    if not any(kept.glob('*.pth')):  # a run that is continued is known to be long
+        if text := _before_long(learn, config['size'], config['epochs'], config['bs']): show(text)
     labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
     if labelled:
         pixels,random_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)

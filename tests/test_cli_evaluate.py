@@ -73,4 +73,5 @@ def test_in_the_shell_a_mistake_is_that_line(tmp):
 def test_it_is_installed():
     ini = ConfigParser(delimiters=['='])
     ini.read(Path(__file__).parent.parent/'settings.ini')
-    assert 'ressl_evaluate=ressl_fastai.cli:ressl_evaluate' in ini['DEFAULT']['console_scripts'].split()
+    for nm in ('ressl_pretrain','ressl_evaluate','ressl_embed'):
+        assert f'{nm}=ressl_fastai.cli:{nm}' in ini['DEFAULT']['console_scripts'].split()
