@@ -522,7 +522,7 @@ def run_cli(say):
             if res.returncode: raise RuntimeError((res.stdout+res.stderr)[-800:])
             return (res.stdout+res.stderr)[-300:]
         attempt(say, lambda: command('cli', 'ressl_pretrain', tmp/'pics', '--out', tmp/'run', '--epochs', 2, '--size', size, '--arch', arch, '--bs', bs), what='ressl_pretrain')
-        attempt(say, lambda: command('cli_evaluate', 'ressl_evaluate', tmp/'run'/'encoder.pth', tmp/'pics', '--out', tmp/'evaluated'), what='ressl_evaluate')
+        attempt(say, lambda: command('cli', 'ressl_evaluate', tmp/'run'/'encoder.pth', tmp/'pics', '--out', tmp/'evaluated'), what='ressl_evaluate')
 
 def run_tests(say):
     "tests/test_cuda.py, and on the CPU beside the GPU a part of the gate"

@@ -40,7 +40,7 @@ from .interpret import as_compared, class_name, plain_text, show_items, single_c
 from .label_efficiency import draw_labels, plot_labels
 from .loaders import first_images, get_normalize, spread, subset
 from .models import ReSSLModel, get_arch
-from .recipes import _show
+from .recipes import shown
 from .views import RandomView
 import ressl_fastai.curate  # its methods of the learner
 
@@ -200,17 +200,17 @@ def _value(o):
     "A setting in a few characters: a schedule by its ends, views by what they were made with"
     if isinstance(o, RandomView):
         shown = {k:v for k,v in vars(o).items() if not k.startswith('_') and v is not None}
-        return ', '.join(f'{k} {_show(v)}' for k,v in shown.items())
-    return _show(o)
+        return ', '.join(f'{k} {shown(v)}' for k,v in shown.items())
+    return shown(o)
 
-def _over_time(o): return f'{o(0.):.4g} at first, {o(1.):.4g} at last' if callable(o) else _show(o)
+def _over_time(o): return f'{o(0.):.4g} at first, {o(1.):.4g} at last' if callable(o) else shown(o)
 
 def _data_rows(learn, seen):
     x,norm = first_images(learn.dls, 1)[0],get_normalize(learn.dls)
     y = None if seen.problem else seen.y
     classes = [] if y is None else [class_name(seen.dl, c) for c in y.unique()]
     named = f"{len(classes)}: {', '.join(classes[:20])}{' ...'*(len(classes)>20)}"
-    stats = norm and [_show(o.flatten().tolist()) for o in (norm.mean, norm.std)]
+    stats = norm and [shown(o.flatten().tolist()) for o in (norm.mean, norm.std)]
     return [('images', f'{learn.dls.train.n:,} for training, {learn.dls.valid.n:,} for validation'),
             ('folder', learn.dls.path.absolute()),
             ('size', f"{x.shape[2]} x {x.shape[3]} pixels, {x.shape[1]} channel{'s'*(x.shape[1]>1)}"),
@@ -226,13 +226,13 @@ def _model_rows(model):
 
 def _training_rows(learn):
     ressl,history = learn.ressl,_history(learn)
-    lr = f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else _show(learn.lr)
-    return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', _show(learn.opt_func)),
+    lr = f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else shown(learn.lr)
+    return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', shown(learn.opt_func)),
             ('learning rate', lr),
-            ('weight decay', _show(learn.opt.hypers[0].get('wd') if learn.opt else learn.wd)),
-            ('temperatures', f'student {_show(ressl.student_temp)}, teacher {_over_time(ressl.teacher_temp)}'),
+            ('weight decay', shown(learn.opt.hypers[0].get('wd') if learn.opt else learn.wd)),
+            ('temperatures', f'student {shown(ressl.student_temp)}, teacher {_over_time(ressl.teacher_temp)}'),
             ('teacher momentum', _over_time(ressl.teacher_momentum)),
-            ('InfoNCE at first', _show(ressl.warmup) if ressl.warmup else 'no'),
+            ('InfoNCE at first', shown(ressl.warmup) if ressl.warmup else 'no'),
             ('weak views', _value(ressl.weak_tfms)),
             ('strong views', '; '.join(map(_value, listify(ressl.strong_tfms)))),
             ('precision', getattr(learn, 'precision', 'not chosen')),

@@ -9,8 +9,7 @@ from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, D
 from PIL import Image, ImageOps, PngImagePlugin
 from sklearn.datasets import load_sample_images
 
-from ressl_fastai.cli import find_images, folder_dls, image_suffixes
-from ressl_fastai.data import cached_dls, tensor_dls
+from ressl_fastai.data import cached_dls, find_images, folder_dls, image_suffixes, tensor_dls
 from ressl_fastai.evaluate import embed, knn_accuracy
 from ressl_fastai.images import ImageError, PILImage12, PILImage16, channels_last, look_at_files, open_image, set_opener
 import ressl_fastai.curate
