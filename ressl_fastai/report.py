@@ -199,8 +199,8 @@ def _size(m): return f'{sum(p.numel() for p in m.parameters()):,} parameters'
 def _value(o):
     "A setting in a few characters: a schedule by its ends, views by what they were made with"
     if isinstance(o, RandomView):
-        shown = {k:v for k,v in vars(o).items() if not k.startswith('_') and v is not None}
-        return ', '.join(f'{k} {shown(v)}' for k,v in shown.items())
+        given = {k:v for k,v in vars(o).items() if not k.startswith('_') and v is not None}
+        return ', '.join(f'{k} {shown(v)}' for k,v in given.items())
     return shown(o)
 
 def _over_time(o): return f'{o(0.):.4g} at first, {o(1.):.4g} at last' if callable(o) else shown(o)
