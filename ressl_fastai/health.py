@@ -280,17 +280,18 @@ def _look(self:Guard):
 
 # %% ../nbs/05b_health.ipynb #h28monc
 good_values = dict(  # of the measures of `HealthMonitor`: what each is, and what is good
-    teacher_entropy="how widely the teacher's relations spread, in nats; the floor of the loss. Good: well below the logarithm "
-        "of the queue's size, and above 0",
-    effective_neighbors="images of the queue that count in a relation of the teacher. Good: some; one alone, or all of them, is bad",
-    student_teacher_kl="what the student has still to learn of the teacher: the loss without teacher_entropy. Good: it falls or "
-        "stays; 0 means that nothing is asked of the student",
+    teacher_entropy="how widely the teacher's relations spread, in nats; the floor of the loss. "
+        "Good: well below the logarithm of the queue's size, and above 0",
+    effective_neighbors="images of the queue that count in a relation of the teacher. "
+        "Good: some; one alone, or all of them, is bad",
+    student_teacher_kl="what the student has still to learn of the teacher: the loss without teacher_entropy. "
+        "Good: it falls or stays; 0 means that nothing is asked of the student",
     feature_std="do embeddings differ? 1 is evenly spread. Good: above 0.3; near 0 is collapse",
-    effective_rank="in how many directions they differ. It falls in good runs, while images are sorted into groups; "
-        "only near 1 is it collapse",
+    effective_rank="in how many directions they differ. It may fall or rise while the encoder gets better, and falls "
+        "where images are sorted into groups; only near 1 is it collapse",
     queue_age="steps since the oldest embedding of the queue was made. Good: the same in every epoch",
-    queue_freshness="cosine of the teacher's embeddings now and queue_age steps ago. Good: near 1; low means that "
-        "teacher_momentum is too low for so long a queue",
+    queue_freshness="cosine of the teacher's embeddings now and queue_age steps ago. "
+        "Good: near 1; low means that teacher_momentum is too low for so long a queue",
     teacher_distance="how far the teacher is behind the student, in weights. Good: small; it must not grow on and on")
 
 # %% ../nbs/05b_health.ipynb #h29mon

@@ -105,7 +105,10 @@ The others are not touched by that.</p>
 {% if s.head %}<thead><tr>{% for o in s.head %}<th>{{ o }}</th>{% endfor %}</tr></thead>
 {% endif %}<tbody>
 {% for row in s.rows %}<tr>
-{%- for o in row %}{% if loop.first %}<th scope="row">{{ o }}</th>{% else %}<td{% if o|string|length > 30 %} class="long"{% endif %}>{{ o }}</td>{% endif %}{% endfor -%}
+{%- for o in row %}
+{%- if loop.first %}<th scope="row">{{ o }}</th>
+{%- else %}<td{% if o|string|length > 30 %} class="long"{% endif %}>{{ o }}</td>{% endif %}
+{%- endfor -%}
 </tr>
 {% endfor %}</tbody>
 </table></div>
@@ -196,8 +199,8 @@ def _size(m): return f'{sum(p.numel() for p in m.parameters()):,} parameters'
 def _value(o):
     "A setting in a few characters: a schedule by its ends, views by what they were made with"
     if isinstance(o, RandomView):
-        shown = {k:v for k,v in vars(o).items() if not k.startswith('_') and v is not None}
-        return ', '.join(f'{k} {shown(v)}' for k,v in shown.items())
+        given = {k:v for k,v in vars(o).items() if not k.startswith('_') and v is not None}
+        return ', '.join(f'{k} {shown(v)}' for k,v in given.items())
     return shown(o)
 
 def _over_time(o): return f'{o(0.):.4g} at first, {o(1.):.4g} at last' if callable(o) else shown(o)
@@ -242,7 +245,7 @@ def _history(learn):
     rows = [list(o) for o in getattr(rec, 'values', []) if len(o)==len(names)]
     return DataFrame(rows, columns=names, dtype=float)
 
-def _what_was_run(learn, seen):
+def run_section(learn, seen):
     rows = _data_rows(learn, seen) + _model_rows(get_model(learn.model)) + _training_rows(learn)
     if not seen.problem: rows.append(('looked at', seen.looked_at))
     rows.append(('versions', ', '.join(f'{k} {v}' for k,v in versions().items())))
@@ -262,7 +265,7 @@ def _spoilt(history):
             "strong_tfms(size, jitter=(0.2,0.2,0.2,0.02), gray_p=0), then milder crops, scale=(0.5,1)."]
     return []
 
-def _curves(learn, seen):
+def curves_section(learn, seen):
     history = _history(learn)
     if history.empty: raise ValueError("nothing was trained with this learner since it was made")
     losses = history[[o for o in history if o.endswith('_loss')]]
@@ -284,7 +287,7 @@ def _measured(learn, dl, features):
     monitor.students,monitor.teachers = ([as_compared(learn, dl, o, features[o]).to(device)] for o in (False,True))
     return {k:v for k,v in monitor._measure().items() if not k.startswith('queue_')}
 
-def _health(learn, seen):
+def health_section(learn, seen):
     if not len(get_model(learn.model).queue.filled): raise ValueError("nothing was trained yet, the queue is empty")
     history = first(o.history for o in learn.cbs if isinstance(o, HealthMonitor) and o.history) or []
     which = 'validation' if history or seen.valid.n else 'training'
@@ -314,7 +317,7 @@ def _knn(seen, nm):
     (y,valid_y),(x,valid_x) = _labelled(seen),_features(seen, nm)
     return knn_accuracy(x, y, valid_x, valid_y)
 
-def _accuracy(learn, seen):
+def accuracy_section(learn, seen):
     (y,valid_y),rows = _labelled(seen),[]
     for nm in ('raw pixels','student','teacher'):
         x,valid_x = principal_components(*_features(seen, nm))
@@ -327,7 +330,7 @@ def _accuracy(learn, seen):
                      "images; pretraining saw none. The linear classifier has at most 128 principal components.",
                 facts=[('nearest-neighbour accuracy', student[1]), ('that of raw pixels', pixels[1])])
 
-def _few_labels(learn, seen):
+def few_labels_section(learn, seen):
     (y,valid_y),res = _labelled(seen),[]
     least = y[y>=0].unique(return_counts=True)[1].min()
     known,tested = (y>=0).nonzero()[:,0],(valid_y>=0).nonzero()[:,0]
@@ -346,26 +349,26 @@ def _few_labels(learn, seen):
 def _enough(seen, n):
     if seen.dl.n<n: raise ValueError(f"{seen.dl.n} training images are too few")
 
-def _views(learn, seen):
+def views_section(learn, seen):
     return dict(figures=[_figure(learn.show_views, 'images and their views', 6, 0.8)],
                 text="What training shows of an image: weak views to the teacher, strong ones to the student. "
                      "A strong view should be hard to recognise, not impossible.")
 
-def _relations(learn, seen):
+def relations_section(learn, seen):
     _enough(seen, 7)
     alt = 'an image and those it is related to'
     figures = [_figure(learn.show_relations, alt, i, 5, seen.dl, features=seen.features) for i in spread(2, seen.dl.n)]
     return dict(figures=figures, text="The images that teacher and student relate the first one to most, "
                                       "with the probabilities. This is what the loss compares.")
 
-def _neighbours(learn, seen):
+def neighbours_section(learn, seen):
     _enough(seen, 7)
     frames = "" if seen.y is None else " A green frame is the same class, a red one another."
     alt = 'images and their nearest neighbours'
     return dict(figures=[_figure(learn.show_neighbors, alt, 6, 5, dl=seen.dl, features=seen.features[0])],
                 text=f"Each row is an image and those with the most similar features, with the cosine.{frames}")
 
-def _map(learn, seen):
+def map_section(learn, seen):
     _enough(seen, 7)
     def draw():
         ax = plt.subplots(figsize=(5.6,4.2), layout='constrained')[1]
@@ -378,7 +381,7 @@ def _map(learn, seen):
 def _grid(seen, idxs, titles=None, rows=None):
     return _figure(show_items, 'images', seen.dl, idxs, titles, ncols=5, imsize=0.8, rows=rows)
 
-def _clusters(learn, seen):
+def clusters_section(learn, seen):
     _enough(seen, 40)
     table = learn.find_clusters(8, dl=seen.dl, features=seen.features[0])
     agreement = table.attrs.get('agreement')
@@ -390,7 +393,7 @@ def _clusters(learn, seen):
                 text="Typical images of eight clusters of the features, found without labels. Give names to those that "
                      f"have one, and they are labels for a first classifier: learn.find_clusters(n).{agree}")
 
-def _duplicates(learn, seen):
+def duplicates_section(learn, seen):
     _enough(seen, 2)
     df = learn.find_duplicates(dl=seen.dl, features=seen.features[0])
     text = ("Training images whose features have a cosine of 0.995 or more: "
@@ -405,7 +408,7 @@ def _duplicates(learn, seen):
     if not rows: return dict(text=text)
     return dict(text=text, figures=[_grid(seen, shown, rows=labels)], head=('', 'names'), rows=rows)
 
-def _outliers(learn, seen):
+def outliers_section(learn, seen):
     _enough(seen, 12)
     top = learn.find_outliers(dl=seen.dl, features=seen.features[0]).head(10)
     scores = [f'{o:.3f}' for o in top.score]
@@ -414,7 +417,7 @@ def _outliers(learn, seen):
                 text="The training images least like any other: broken, out of place, or merely rare. "
                      "The score is the mean cosine distance to the ten nearest. learn.find_outliers() ranks all.")
 
-def _what_to_label_first(learn, seen):
+def label_first_section(learn, seen):
     if seen.y is not None: raise ValueError("the images have labels")
     _enough(seen, 40)
     top = learn.suggest_labels(20, dl=seen.dl, features=seen.features[0])
@@ -431,26 +434,37 @@ def _arch_code(arch):
     except ValueError: return ', arch', f"arch = ...  # what ressl_learner was given, a {arch}\n"
     return '', ''
 
-def _how_to_use_it(learn, seen):
+def use_section(learn, seen):
     file = (learn.path/learn.model_dir/'encoder.pth').absolute()
     arch,before = _arch_code(get_model(learn.model).encoder.arch)
     save = '' if file.exists() else f"learn.save_encoder({str(file)!r})  # in the session that trained\n\n"
     return dict(
-        text="Frozen features and logistic regression as an ordinary fastai learner, in seconds: the best start with few "
-             "labels. With many, go on from there: clf.unfreeze() and clf.fit_one_cycle(n). labelled_dls: DataLoaders of "
-             "labelled images of the same size, without Normalize, which the encoder brings along.",
+        text="Frozen features and logistic regression as an ordinary fastai learner, in seconds: the best start with "
+             "few labels. With many, go on from there: clf.unfreeze() and clf.fit_one_cycle(n). "
+             "labelled_dls: DataLoaders of labelled images of the same size, without Normalize, which the encoder brings along.",
         code=f"""{save}from ressl_fastai.all import *
 {before}learn = encoder_learner({str(file)!r}, labelled_dls{arch})
 clf = learn.to_classifier(labelled_dls, metrics=accuracy)
 clf.validate()""")
 
 # %% ../nbs/11b_report.ipynb #rp37rep
-_sections = [
-    ('What was run', _what_was_run), ('Curves', _curves), ('Accuracy', _accuracy), ('Few labels', _few_labels),
-    ('Health', _health), ('Views', _views), ('Relations', _relations), ('Neighbours', _neighbours), ('Map', _map),
-    ('Clusters', _clusters), ('Duplicates', _duplicates), ('Outliers', _outliers),
-    ('What to label first', _what_to_label_first), ('How to use it', _how_to_use_it)]
+report_sections = [  # titles and functions of the learner and of what was looked at; add your own
+    ('What was run', run_section),
+    ('Curves', curves_section),
+    ('Accuracy', accuracy_section),
+    ('Few labels', few_labels_section),
+    ('Health', health_section),
+    ('Views', views_section),
+    ('Relations', relations_section),
+    ('Neighbours', neighbours_section),
+    ('Map', map_section),
+    ('Clusters', clusters_section),
+    ('Duplicates', duplicates_section),
+    ('Outliers', outliers_section),
+    ('What to label first', label_first_section),
+    ('How to use it', use_section)]
 
+# %% ../nbs/11b_report.ipynb #rp37repb
 def _images_for_a_page(dls):
     "As many as are embedded within seconds to a minute, without a GPU"
     try: h,w = first_images(dls, 1)[0].shape[2:]
@@ -482,7 +496,7 @@ def report(self:Learner,
     if not file.parent.is_dir(): raise ValueError(f"file must be in a folder that exists, there is no {file.parent}")
     with no_random():
         seen = _look(self, n, command)
-        sections = [_made(*o, self, seen) for o in _sections]
+        sections = [_made(*o, self, seen) for o in report_sections]
     page = render(title=title or f'{model.encoder.arch}, pretrained on {self.dls.train.n:,} images',
                   subtitle=f"ressl_fastai {__version__}, {datetime.now():%Y-%m-%d %H:%M}",
                   alarms=[o for cb in self.cbs if isinstance(cb, Guard) for o in cb.alarms],
