@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 # Editable, so that tests run the code of this tree.
 .venv/.ready: settings.ini setup.py pyproject.toml
@@ -29,7 +29,14 @@ outputs: .venv/.ready  ## run every notebook and keep what it shows, then sync
 	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb nbs/*/*.ipynb
 	$(MAKE) sync
 
+release-check: .venv/.ready  ## sdist, the wheel from it, both checked, installed into an empty environment, README's lines run
+	rm -rf dist build
+	$(BIN)/pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tools/release_check.py dist
+
 clean:  ## remove what can be made again, the environment too
 	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache
 
-.PHONY: help test demo sync outputs clean
+.PHONY: help test demo sync outputs release-check clean

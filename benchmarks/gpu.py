@@ -486,7 +486,7 @@ def run_tour(say):
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     from fastai.vision.all import ImageDataLoaders, Resize, accuracy, load_learner, vision_learner
-    from ressl_fastai.all import cached_dls, embed, find_duplicates, find_outliers, linear_probe, plot_embeddings, show_neighbors, suggest_labels
+    from ressl_fastai.all import cached_dls, linear_probe
     from ressl_fastai.transfer import load_encoder
     from ressl_fastai.learner import ressl_learner
     with tempfile.TemporaryDirectory() as tmp:
@@ -501,9 +501,9 @@ def run_tour(say):
         do('two epochs', lambda: (learn.fit_one_cycle(2, 1e-3), list(learn.recorder.values[-1]))[1])
         do('ten steps of a folder', lambda: where_it_waits(learn, 3) if CUDA else None)
         do('cached', lambda: (fast := cached_dls(dls), ressl_learner(fast, arch, path=tmp).fit_one_cycle(1, 1e-3), repr(fast.train))[2])
-        do('validate', learn.validate); do('embed', lambda: embed(learn)[0].shape); do('linear_probe', lambda: linear_probe(learn))
-        do('show_neighbors', lambda: show_neighbors(learn)); do('find_duplicates', lambda: len(find_duplicates(learn))); do('find_outliers', lambda: len(find_outliers(learn)))
-        do('suggest_labels', lambda: suggest_labels(learn, 6)); do('plot_embeddings', lambda: plot_embeddings(learn))
+        do('validate', learn.validate); do('embed', lambda: learn.embed(learn.dls.valid)[0].shape); do('linear_probe', lambda: linear_probe(learn))
+        do('show_neighbors', lambda: learn.show_neighbors()); do('find_duplicates', lambda: len(learn.find_duplicates())); do('find_outliers', lambda: len(learn.find_outliers()))
+        do('suggest_labels', lambda: learn.suggest_labels(6)); do('plot_embeddings', lambda: learn.plot_embeddings())
         do('save, load', lambda: (learn.save('m'), learn.load('m'))[0]); do('save_encoder', lambda: learn.save_encoder('enc'))
         do('to_vision_learner', lambda: fine_tuned(learn.to_vision_learner(dls, metrics=accuracy)))
         do('predict', lambda: learn.predict(dls.valid_ds.items[0])[0].shape)
@@ -522,7 +522,7 @@ def run_cli(say):
             if res.returncode: raise RuntimeError((res.stdout+res.stderr)[-800:])
             return (res.stdout+res.stderr)[-300:]
         attempt(say, lambda: command('cli', 'ressl_pretrain', tmp/'pics', '--out', tmp/'run', '--epochs', 2, '--size', size, '--arch', arch, '--bs', bs), what='ressl_pretrain')
-        attempt(say, lambda: command('cli_evaluate', 'ressl_evaluate', tmp/'run'/'encoder.pth', tmp/'pics', '--out', tmp/'evaluated'), what='ressl_evaluate')
+        attempt(say, lambda: command('cli', 'ressl_evaluate', tmp/'run'/'encoder.pth', tmp/'pics', '--out', tmp/'evaluated'), what='ressl_evaluate')
 
 def run_tests(say):
     "tests/test_cuda.py, and on the CPU beside the GPU a part of the gate"

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np, torch
-from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.callback.core import CancelFitException
 from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.vision.all import aug_transforms, set_seed
 from fastcore.script import call_parse
@@ -42,8 +42,8 @@ from sklearn.metrics import recall_score
 
 from common import emoji, receipt
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import embed, fit_logistic, linear_probe
-from ressl_fastai.label_efficiency import draw_labels, labelled_part, pixel_features
+from ressl_fastai.evaluate import embed, fit_logistic, linear_probe, pixel_features
+from ressl_fastai.label_efficiency import NoValidation, draw_labels, labelled_part
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.transfer import encoder_learner
@@ -93,9 +93,6 @@ def arrays(data):
 def quiet(learn):
     "No bar, no table"
     with learn.no_bar(), learn.no_logging(): yield
-
-class NoValidation(Callback):
-    def before_validate(self): raise CancelValidException
 
 class CPUBudget(NoValidation):
     "One cycle over so many seconds of processor time, then an end"

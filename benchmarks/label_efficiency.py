@@ -16,10 +16,10 @@ from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitte
 from fastcore.script import call_parse
 
 from common import emoji, fashion_mnist, receipt
-from ressl_fastai.cli_evaluate import encoder_learner
-from ressl_fastai.evaluate import embed, knn_accuracy
-from ressl_fastai.label_efficiency import label_efficiency, label_rows, pixel_features
+from ressl_fastai.evaluate import embed, knn_accuracy, pixel_features
+from ressl_fastai.label_efficiency import label_efficiency, label_rows
 from ressl_fastai.learner import ressl_learner
+from ressl_fastai.transfer import encoder_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import strong_tfms, weak_tfms
 
@@ -81,8 +81,8 @@ def main(
         for nm,tx,ty,vx,vy in tasks:
             tfms = aug_transforms(size=settings[data]['size'], max_rotate=10., max_zoom=1.2, max_lighting=0.2, max_warp=0.)
             dls = image_dls(np.concatenate([tx,vx]), range(len(tx), len(tx)+len(vx)), np.concatenate([ty,vy]), batch_tfms=tfms)
-            learn = encoder_learner(file, dls, settings[data]['size'])
-            random_learn,start = encoder_learner(file, dls, settings[data]['size'], trained=False),time.time()
+            learn = encoder_learner(file, dls)
+            random_learn,start = encoder_learner(file, dls, trained=False),time.time()
             feats = {'pretrained':lambda dl: embed(learn, dl), 'random encoder':lambda dl: embed(random_learn, dl), 'raw pixels':pixel_features}
             full = {k:quality(f(dls.train), f(dls.valid)) for k,f in feats.items()}
             few = label_efficiency(learn, dls, labels, seeds=(seed,), rows=rows, n_steps=steps)

@@ -21,7 +21,7 @@ from torch import Tensor
 from common import receipt
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed, knn_accuracy
-from ressl_fastai.interpret import typiclust
+from ressl_fastai.curate import typiclust
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import strong_tfms, weak_tfms

@@ -4,16 +4,16 @@
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
 - `ressl_fastai.checkpoint`: `Checkpoint('run')`: after a crash the same line goes on where the training was, bit for bit.
 - `ressl_fastai.checkpoint_file`: The file of a checkpoint: ordinary Python values as plain types, whole or not there, the last good one found.
-- `ressl_fastai.cli`: `ressl_pretrain DATA`: from a folder of images to a pretrained encoder, from the shell.
-- `ressl_fastai.cli_evaluate`: `ressl_evaluate ENCODER DATA`: how good an encoder is on a labelled folder, from the shell.
-- `ressl_fastai.data`: Small images in memory: `DataLoaders` that take a whole batch at once from an array, or from a folder decoded once.
+- `ressl_fastai.cli`: `ressl_pretrain`, `ressl_evaluate`, `ressl_embed`: a folder of images becomes an encoder, accuracies, embeddings.
+- `ressl_fastai.curate`: Use what the encoder has learned before there are labels: find duplicates, outliers and clusters, and what to label first.
+- `ressl_fastai.data`: From a folder of images, or an array of small ones, to `DataLoaders`: found, looked at once, and decoded once.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
 - `ressl_fastai.files`: One way to write files, one way to read them back, and a lock for folders: nothing that was finished is lost.
 - `ressl_fastai.fingerprint`: What a training's data are, in a few short texts: the same in every process, and able to say what differs.
 - `ressl_fastai.health`: Is the training well? Collapse, a dead queue and NaN are seen, said in plain words, and stopped.
 - `ressl_fastai.images`: One opener for all images: as viewers show them, with the file named in every error, and no bit cut off in silence.
-- `ressl_fastai.interpret`: See what the encoder has learned, and use it: relations, neighbours, maps, duplicates, outliers, and which images to label first.
+- `ressl_fastai.interpret`: See what the encoder has learned: its relations, neighbours, a map.
 - `ressl_fastai.label_efficiency`: How many labels does pretraining save? Accuracy by number of labelled images, with the baselines it must beat.
 - `ressl_fastai.learner`: `ressl_learner(dls, arch)`: a fastai `Learner` that learns an encoder from images alone.
 - `ressl_fastai.loaders`: What the package knows of a fastai `DataLoaders`: its images without augmentation, its normalisation, parts of it.

@@ -4,6 +4,7 @@ from fastai.vision.all import *
 from ressl_fastai.batch_norm import *
 from ressl_fastai.callback import *
 from ressl_fastai.checkpoint import *
+from ressl_fastai.curate import *
 from ressl_fastai.data import *
 from ressl_fastai.evaluate import *
 from ressl_fastai.feature_queue import *

@@ -1,11 +1,12 @@
 """Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
 
-The official code trains on eight GPUs: batch norm sees 32 of 256 images, and the teacher's images are dealt to the GPUs anew
-(shuffling BN: MoCo, 1911.05722, section 3.3). The authors' code for small images does the same on one GPU, which here
-takes `set_batch_norm(model, 'split')` and `shuffled(teacher, x)`; `set_batch_norm(model, 'sync')` is the opposite.
+The official code trains on eight GPUs: batch norm sees 32 of 256 images, and the teacher's images are dealt to the
+GPUs anew (shuffling BN: MoCo, 1911.05722, section 3.3). The authors' code for small images does the same on one GPU,
+which here takes `set_batch_norm(model, 'split')` and `shuffled(teacher, x)`; `set_batch_norm(model, 'sync')` is the
+opposite.
 
-All of it is optional and plain batch norm the default. MoCo has to hide its positive pair, which shared
-statistics give away; ReSSL's softmax holds no positive, so there is less to hide and the gain is unknown.
+All of it is optional and plain batch norm the default. MoCo has to hide its positive pair, which shared statistics
+give away; ReSSL's softmax holds no positive, so there is less to hide and the gain is unknown.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/batch_norm.html.md"""
 
@@ -37,9 +38,11 @@ def split_batch_norm(
 ) -> Tensor: # Shape and dtype of `x`
     "`F.batch_norm` in training, for each of `n_splits` parts of the batch with its own statistics"
     bs,nf,*pos = x.shape
-    if bs%n_splits: raise ValueError(f"n_splits={n_splits} must divide the batch, got a batch of {bs}: choose another bs or n_splits")
+    if bs%n_splits: raise ValueError(
+        f"n_splits={n_splits} must divide the batch, got a batch of {bs}: choose another bs or n_splits")
     if x.numel()==n_splits*nf: raise ValueError(
-        f"n_splits={n_splits} parts of a batch of {bs} have one value per feature, so no variance: take a larger bs or a smaller n_splits")
+        f"n_splits={n_splits} parts of a batch of {bs} have one value per feature, so no variance: "
+        "take a larger bs or a smaller n_splits")
     mean,var,w,b = [None if t is None else t.repeat(n_splits) for t in (running_mean, running_var, weight, bias)]
     res = F.batch_norm(x.reshape(bs//n_splits, n_splits*nf, *pos), mean, var, w, b, True, momentum, eps)
     for running,parts in ((running_mean, mean), (running_var, var)):
@@ -87,7 +90,8 @@ def _new(kind, plain):
     cls = _variant(kind, plain)
     return cls.__new__(cls)
 
-def _reduce(self): return _new, (self._kind, self._plain), self.__dict__  # the class is made, so pickle cannot find it by name
+def _reduce(self):  # the class is made, so pickle cannot find it by name
+    return _new, (self._kind, self._plain), self.__dict__
 
 @lru_cache(maxsize=None)
 def _variant(kind, plain):
@@ -96,12 +100,13 @@ def _variant(kind, plain):
     return type(f'{kind.title()}{plain.__name__}', (_base(kind, plain), plain), attrs)
 
 class BatchNormNd(nn.BatchNorm2d):
-    "Plain batch norm of a `SyncBatchNorm` made elsewhere, which no longer tells for how many dimensions it was: any number from two"
+    "Plain batch norm of a `SyncBatchNorm` made elsewhere, which does not tell its dimensions: any number from two"
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
 def _plain(m):
     "The class `m` has when it is plain"
-    if isinstance(m, LazyModuleMixin): raise ValueError(f"{type(m).__name__} has no parameters yet: pass a batch through the model first")
+    if isinstance(m, LazyModuleMixin): raise ValueError(
+        f"{type(m).__name__} has no parameters yet: pass a batch through the model first")
     if hasattr(m, '_plain'): return m._plain
     if not isinstance(m, nn.SyncBatchNorm): return type(m)
     if type(m) is nn.SyncBatchNorm: return BatchNormNd
@@ -110,8 +115,10 @@ def _plain(m):
     raise ValueError(f"cannot tell what a {type(m).__name__} was before it was synchronised")
 
 # %% ../nbs/02a_batch_norm.ipynb #cda9cb07
-batch_norms = {'plain': "statistics of the batch on this device", 'split': "statistics of `n_splits` parts of the batch",
-               'sync': "statistics of the batches on all devices together"}
+batch_norms = {
+    'plain': "statistics of the batch on this device",
+    'split': "statistics of `n_splits` parts of the batch",
+    'sync': "statistics of the batches on all devices together"}
 
 # %% ../nbs/02a_batch_norm.ipynb #bee90f64
 def set_batch_norm(
@@ -121,9 +128,12 @@ def set_batch_norm(
 ) -> nn.Module: # `model`
     "Make all batch norms of `model` one `kind`, from any other; weights, statistics and everything else stay"
     if kind not in batch_norms: raise ValueError(f"kind must be one of {', '.join(batch_norms)}, got {kind!r}")
-    if not isinstance(n_splits, int) or n_splits<1: raise ValueError(f"n_splits must be a whole number of at least 1, got {n_splits!r}")
-    bns = [m for m in model.modules() if isinstance(m, _BatchNorm) and not (kind=='sync' and isinstance(m, nn.SyncBatchNorm))]
-    classes = [_plain(m) if kind=='plain' else _variant(kind, _plain(m)) for m in bns]  # all, so that an error changes nothing
+    if not isinstance(n_splits, int) or n_splits<1: raise ValueError(
+        f"n_splits must be a whole number of at least 1, got {n_splits!r}")
+    bns = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if kind=='sync': bns = [m for m in bns if not isinstance(m, nn.SyncBatchNorm)]
+    # all, so that an error changes nothing
+    classes = [_plain(m) if kind=='plain' else _variant(kind, _plain(m)) for m in bns]
     for m,cls in zip(bns, classes):
         m.__class__ = cls
         for nm in ('n_splits', 'process_group'): vars(m).pop(nm, None)

@@ -1,8 +1,8 @@
 """A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
 
-ReSSL describes an image by its similarities to *other* images; `FeatureQueue` holds them: the last `size` embeddings the
-teacher made (2107.09282, section 3.2). It is an `nn.Module` whose content, position and fill count are buffers, so
-`learn.save`, `learn.load` and `lr_find` keep and restore it with no further code.
+ReSSL describes an image by its similarities to *other* images; `FeatureQueue` holds them: the last `size` embeddings
+the teacher made (2107.09282, section 3.2). It is an `nn.Module` whose content, position and fill count are buffers,
+so `learn.save`, `learn.load` and `lr_find` keep and restore it with no further code.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/feature_queue.html.md"""
 
@@ -26,7 +26,8 @@ class FeatureQueue(nn.Module):
     ):
         super().__init__()
         for name,val in (('size',size), ('dim',dim)):
-            if not isinstance(val, int) or val<1: raise ValueError(f"{name} must be a whole number of at least 1, got {val!r}")
+            if not isinstance(val, int) or val<1: raise ValueError(
+                f"{name} must be a whole number of at least 1, got {val!r}")
         self.register_buffer('feats', torch.zeros(size, dim, dtype=dtype))
         self.register_buffer('ptr', torch.zeros((), dtype=torch.long))
         self.register_buffer('count', torch.zeros((), dtype=torch.long))

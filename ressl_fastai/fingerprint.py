@@ -180,14 +180,20 @@ def _key(o):
 
 def _is_file(o): return isinstance(o, PurePath) or isinstance(o, str) and os.path.isfile(o)
 
-def _lists(dl):
+# %% ../nbs/03c_fingerprint.ipynb #3c00001a
+def lists(
+    dl # A fastai `DataLoader`
+) -> list: # `TfmdLists`: of the images, then of each target; none for another dataset
+    "What a loader's items are made by"
     ds = dl.dataset
     return ds.tls if isinstance(ds, Datasets) else [ds] if isinstance(ds, TfmdLists) else []
 
 def _rows(tl): return L(tl.items, use_list=None)
 
-def _file_at(tl):
-    "How many transforms lead from an item to its file, None if there is none, and what it becomes in the end"
+def file_at(
+    tl # `TfmdLists`
+) -> tuple: # The number, None if there is no file, and what the first item becomes in the end
+    "How many transforms lead from an item to its file"
     x,at = _rows(tl)[0],None
     for i,f in enumerate(tl.tfms.fs):
         if _is_file(x): at = i
@@ -196,12 +202,28 @@ def _file_at(tl):
         except FileNotFoundError: break  # gone since it was decoded
     return at,x
 
+def plain_function(
+    f # A transform
+): # The function it was made of, None if it does more than to call that
+    "What a `Transform` does, without fastai's choice by types, which takes longer than most functions"
+    methods = getattr(getattr(f, 'encodes', None), 'methods', ())
+    if type(f) is not Transform or f.split_idx is not None or len(methods)!=1: return None
+    res = methods[0].implementation
+    return None if getattr(res, '__annotations__', True) else res
+
 def _through(tl, n=None):
     "Items after `n` transforms"
-    if n==0: return _rows(tl)
-    rows = _rows(tl)  # not iterated: those of a table would become tuples with another first column
-    return [compose_tfms(rows[i], tl.tfms.fs[:n], split_idx=1) for i in range(len(rows))]
+    rows,fs = _rows(tl),tl.tfms.fs[:n]
+    if n==0: return rows
+    plain = [plain_function(f) for f in fs]
+    def through(o):
+        if None in plain or isinstance(o, tuple): return compose_tfms(o, fs, split_idx=1)
+        for f in plain: o = f(o)
+        return o
+    # not iterated: rows of a table would become tuples with another first column
+    return [through(rows[i]) for i in range(len(rows))]
 
+# %% ../nbs/03c_fingerprint.ipynb #3c00001b
 def _stat(file):
     try: o = os.stat(file)
     except OSError: return -1,0
@@ -229,7 +251,7 @@ def _names(items, root):
     return [rel(o) for o in items]
 
 def _labels(tl):
-    at,x = _file_at(tl)
+    at,x = file_at(tl)
     if at is not None and isinstance(x, (Image.Image,np.ndarray,Tensor)):  # masks
         return [_key([_stat(f)[0],_ends(f)]) for f in _through(tl, at)]
     return list(map(_key, _through(tl, len([f for f in tl.tfms.fs if not isinstance(f, Categorize)]))))
@@ -237,7 +259,7 @@ def _labels(tl):
 def _files(tls):
     "The file of each item, None if they have none"
     if not tls or not len(tls[0]): return
-    at,_ = _file_at(tls[0])
+    at,_ = file_at(tls[0])
     return None if at is None else list(map(str, _through(tls[0], at)))
 
 def item_fingerprints(
@@ -245,7 +267,7 @@ def item_fingerprints(
 ) -> list: # Of each loader a table of whole numbers: item, size, time, label, bytes (0: not in the sample)
     "Who the items are and what their files are, without decoding them"
     with no_random(reproducible=False):
-        loaders = [(dl,_lists(dl)) for dl in dls.loaders]
+        loaders = [(dl,lists(dl)) for dl in dls.loaders]
         files = [_files(tls) for _,tls in loaders]
         every = {os.path.dirname(os.path.abspath(f)) for fs in files for f in fs or ()}
         root = os.path.commonpath(every) if every else None
@@ -296,8 +318,8 @@ def data_fingerprint(
     def fs(dl, nm): return getattr(getattr(dl, nm, None), 'fs', [])
     def named(fs): return [f for f in fs if not isinstance(f, (Normalize,Categorize))]  # which have parts of their own
     def tfms(*nms): return _described(dls, lambda dl: named(f for nm in nms for f in fs(dl, nm)))
-    def type_tfms(part): return _described(dls, lambda dl: named(f for tl in _lists(dl)[part] for f in tl.tfms.fs))
-    first = [tls[0] for tls in map(_lists, dls.loaders) if tls and len(tls[0])][:1]
+    def type_tfms(part): return _described(dls, lambda dl: named(f for tl in lists(dl)[part] for f in tl.tfms.fs))
+    first = [tls[0] for tls in map(lists, dls.loaders) if tls and len(tls[0])][:1]
     with no_random(reproducible=False): kind = ''.join(type(tl[0]).__name__ for tl in first)
     norms = [f for dl in dls.loaders for f in fs(dl, 'after_batch') if isinstance(f, Normalize)]
     stats = [f'{x:.6g}' for f in norms[:1] for o in (f.mean,f.std) for x in torch.as_tensor(o).flatten().tolist()]

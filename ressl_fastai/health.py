@@ -28,6 +28,7 @@ from fastai.learner import Recorder
 from fastai.torch_core import get_model, no_random, to_device
 from fastcore.basics import first, patch, store_attr
 from fastcore.foundation import L
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from .callback import OnItsWay, scheduled
@@ -277,6 +278,21 @@ def _look(self:Guard):
                  n=self.every*self.patience, growth=growth, since=self.n_steps-then, lr=self.learn.opt.hypers[-1]['lr'])
     return signs,facts
 
+# %% ../nbs/05b_health.ipynb #h28monc
+good_values = dict(  # of the measures of `HealthMonitor`: what each is, and what is good
+    teacher_entropy="how widely the teacher's relations spread, in nats; the floor of the loss. Good: well below the logarithm "
+        "of the queue's size, and above 0",
+    effective_neighbors="images of the queue that count in a relation of the teacher. Good: some; one alone, or all of them, is bad",
+    student_teacher_kl="what the student has still to learn of the teacher: the loss without teacher_entropy. Good: it falls or "
+        "stays; 0 means that nothing is asked of the student",
+    feature_std="do embeddings differ? 1 is evenly spread. Good: above 0.3; near 0 is collapse",
+    effective_rank="in how many directions they differ. It falls in good runs, while images are sorted into groups; "
+        "only near 1 is it collapse",
+    queue_age="steps since the oldest embedding of the queue was made. Good: the same in every epoch",
+    queue_freshness="cosine of the teacher's embeddings now and queue_age steps ago. Good: near 1; low means that "
+        "teacher_momentum is too low for so long a queue",
+    teacher_distance="how far the teacher is behind the student, in weights. Good: small; it must not grow on and on")
+
 # %% ../nbs/05b_health.ipynb #h29mon
 class HealthMonitor(Callback):
     "Adds measures of health to the progress table, once an epoch, and draws them"
@@ -383,8 +399,9 @@ def plot(self:HealthMonitor,
     if not self.history: raise ValueError("nothing to draw: train with this HealthMonitor first")
     if axs is None: axs = plt.subplots(2, 4, figsize=figsize, sharex=True, layout='constrained')[1].ravel()
     for ax,nm in zip(axs, self.names):
-        ax.plot([o[nm] for o in self.history], marker='.', label=label)
+        ax.plot(range(1, len(self.history)+1), [o[nm] for o in self.history], marker='.', label=label)
         ax.set_title(nm, fontsize='small')
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for ax in axs[4:]: ax.set_xlabel('epoch')
     if label: axs[-1].legend(fontsize='small')
     return axs

@@ -51,13 +51,18 @@ def _named(files, n=5): return ', '.join(map(str, files[:n])) + (' ...' if len(f
 
 def readable_images(
     files, # Paths of images, as from `get_image_files`
-    skip_bad:bool=False # Leave out what cannot be read, with one warning that names it, instead of refusing
+    skip_bad:bool=False, # Leave out what cannot be read, with one warning that names it, instead of refusing
+    unread=None, # Those of `files` that are opened; default: all
+    progress:bool=False # Whether to show a progress bar
 ) -> L: # The paths that can be read, in their order
     "Open every file once, in parallel: for `DataBlock(get_items=...)`, before days of training"
     files = L(files)
-    # a process that has started CUDA must not be forked
-    good = parallel(verify_image, files, threadpool=torch.cuda.is_initialized())
-    bad = L(f for f,ok in zip(files, good) if not ok)
+    opened = files if unread is None else files.filter(lambda o: o in unread)
+    threads = torch.cuda.is_initialized()  # a process that has started CUDA must not be forked
+    chunk = max(1, min(64, len(opened)//64))  # so many files at a time go to a process
+    how = dict(threadpool=threads, chunksize=chunk, progress=progress)
+    good = parallel(verify_image, opened, **how) if opened else []
+    bad = L(f for f,ok in zip(opened, good) if not ok)
     if not bad: return files
     text = f"{len(bad)} of {len(files)} images cannot be read: {_named(bad)}"
     if not skip_bad: raise ValueError(f"{text} (remove them, or leave them out with skip_bad=True)")

@@ -31,7 +31,7 @@ from .files import check_writable, make_folder
 from .health import Guard
 from .images import look_at_files, set_opener
 from .loaders import (add_normalize, as_item, clean_dl, first_images, get_normalize, image_stats,
-                                  normalize_stats, same_normalize)
+                                  normalize_stats, same_normalize, size_of)
 from .models import Embedder, ReSSLModel, create_encoder, ressl_splitter
 from .optimizer import FusedAdam
 from .precision import DevicePrecision, choose_precision, why_precision
@@ -63,6 +63,7 @@ class ReSSLLearner(Learner):
     def __repr__(self):
         enc = get_model(self.model).encoder
         net = f"{enc.arch} for {enc.n_in} channel{'s'*(enc.n_in>1)}, stem {enc.stem}"
+        if enc.view_size is not None: net += f", views of {enc.view_size[0]} x {enc.view_size[1]}"
         precision = self.__dict__.get('precision', 'float32')
         return f"{type(self).__name__}({net}; {self.dls.train.n} images on {self.dls.device}; {precision})"
 
@@ -149,12 +150,13 @@ def _check_trackers(learn, cbs):
 
 # %% ../nbs/07_learner.ipynb #07000073
 def _follow(learn, dls):
-    "`RandomView`s grow with the images of `dls`; what the model cannot be trained with is refused"
+    "`RandomView`s of no given size grow with the images of `dls`; what the model cannot be trained with is refused"
     ressl,model = learn.ressl,get_model(learn.model)
     old,x = first_images(learn.dls, 1)[0],first_images(dls)[0]
     if x.shape[1]!=model.encoder.n_in: raise ValueError(
         f"dls must have images with {model.encoder.n_in} channels, as the model was made for, got {x.shape[1]}")
-    new = {k:resized_views(getattr(ressl, k), old.shape[2:], x.shape[2:]) for k in ('weak_tfms','strong_tfms')}
+    new = {k:getattr(ressl, k) for k in ('weak_tfms','strong_tfms')}
+    if model.view_size is None: new = {k:resized_views(o, old.shape[2:], x.shape[2:]) for k,o in new.items()}
     check_views(model, x, dls.train.bs, **new)
     for nm,o in new.items(): setattr(ressl, nm, o)
 
@@ -196,6 +198,7 @@ def _precision(precision, channels_last, dls, model, size, views_made):
 def ressl_learner(
     dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; a missing `Normalize` is added
     arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`
+    size:int|tuple=None, # Side, or (height, width), of the views in pixels; default: the size of the images
     pretrained:bool=False, # Start from the library's weights
     stem:str='auto', # First layers: 'standard', 'small_pool', 'small' or 'auto'; see `create_encoder`
     weak_tfms=None, # Callable from images in [0, 1] to the teacher's views; default: `views.weak_tfms(size)`
@@ -226,7 +229,8 @@ def ressl_learner(
 ) -> Learner: # `fit_one_cycle` trains it
     "A learner that trains `arch` on the images of `dls` by relational self-supervised learning (2107.09282)"
     x,*y = first_images(dls)
-    size,n_in = tuple(x.shape[2:]),x.shape[1]
+    image_size,n_in = tuple(x.shape[2:]),x.shape[1]
+    size = image_size if size is None else size_of(size)
     queue_size = ifnone(queue_size, default_queue_size(dls.train.n))
     _check_data(dls, x, queue_size)
     weak_tfms = ifnone(weak_tfms, views.weak_tfms(size))
@@ -235,6 +239,7 @@ def ressl_learner(
                   shuffle=batch_norm=='split')
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers,
                        projector_bn, predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
+    if size!=image_size: model.view_size = size
     check_views(model, x, dls.train.bs, weak_tfms=weak_tfms, strong_tfms=strong_tfms)
     set_batch_norm(model, batch_norm, n_splits)
     if batch_norm=='split': _check_split(dls.train, n_splits)

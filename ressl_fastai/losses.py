@@ -4,11 +4,11 @@ An image is described by its similarities to the `K` embeddings of a queue, shar
 (arXiv 2107.09282, section 3.2). The teacher's relation of a weakly augmented view is the target, `ressl_loss` is the
 cross entropy of the student's relation of a strongly augmented view with it:
 
-$$p^t = \mathrm{softmax}(z_{teacher} \cdot queue^T / \tau_t), \quad p^s = \mathrm{softmax}(z_{student} \cdot queue^T / \tau_s), \quad
-L = -\frac1B \sum_i \sum_j p^t_{ij} \log p^s_{ij}$$
+$$p^t = \mathrm{softmax}(z_{teacher} \cdot queue^T / \tau_t), \quad p^s = \mathrm{softmax}(z_{student} \cdot queue^T /
+\tau_s), \quad L = -\frac1B \sum_i \sum_j p^t_{ij} \log p^s_{ij}$$
 
-with `teacher_temp` $\tau_t=0.04$ and `student_temp` $\tau_s=0.1$. `relation` is one such $p$. Everything here is a pure
-function of tensors: no state, no side effects.
+with `teacher_temp` $\tau_t=0.04$ and `student_temp` $\tau_s=0.1$. `relation` is one such $p$. Everything here is a
+pure function of tensors: no state, no side effects.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/losses.html.md"""
 
@@ -29,7 +29,9 @@ def _check_temp(name, temp):
 
 def _check_queue(z, queue):
     if z.ndim!=2 or queue.ndim!=2 or z.shape[1]!=queue.shape[1]:
-        raise ValueError(f"embeddings (bs, dim) and queue (K, dim) must share dim, got shapes {tuple(z.shape)} and {tuple(queue.shape)}")
+        raise ValueError(
+            f"embeddings (bs, dim) and queue (K, dim) must share dim, got shapes {tuple(z.shape)} and "
+            f"{tuple(queue.shape)}")
     if len(queue)==0: raise ValueError("queue is empty: a relation needs at least one other image")
 
 def _dtype(z, queue): return torch.promote_types(torch.promote_types(z.dtype, queue.dtype), torch.float32)
@@ -50,8 +52,9 @@ def relation(
 def _n_logits(
     device:torch.device # Where they are made
 ) -> int: # How many at a time
-    """What a processor's cache holds, 4 MB in float32. On other devices 64 MB: there a piece costs the launches of its operations, and smaller ones leave
-    the device idle (on an H100 pieces of 4 MB took four times as long), while larger ones are hardly faster and take memory"""
+    """What a processor's cache holds, 4 MB in float32. On other devices 64 MB: there a piece costs the launches of its
+    operations, and smaller ones leave the device idle (on an H100 pieces of 4 MB took four times as long), while larger
+    ones are hardly faster and take memory"""
     return 2**20 if device.type=='cpu' else 2**24
 
 def _read_out(z, queue):
@@ -88,17 +91,18 @@ def _check_embeddings(z_student, z_teacher, queue):
     "Shapes that fit together, and the precision to compute in: float32 or better"
     for z in (z_student, z_teacher): _check_queue(z, queue)
     if not len(z_teacher) or len(z_student)%len(z_teacher) or not len(z_student):
-        raise ValueError("z_student must hold one or more crops of every image of z_teacher, (V*bs, dim) and (bs, dim), "
+        raise ValueError("z_student must hold one or more crops of every image of z_teacher, (V*bs, dim) and "
+                         "(bs, dim), "
                          f"got {tuple(z_student.shape)} and {tuple(z_teacher.shape)}")
     return torch.promote_types(_dtype(z_student, queue), z_teacher.dtype)
 
 # %% ../nbs/00_losses.ipynb #fe87c602
 def ressl_loss(
-    z_student:Tensor, # (V*bs, dim) student embeddings of V strong views of each image, the first view of all images first; L2-normalised
+    z_student:Tensor, # (V*bs, dim) student embeddings of V strong views of each image, view by view; L2-normalised
     z_teacher:Tensor, # (bs, dim) teacher embeddings of the weak views, L2-normalised; no gradient flows into them
     queue:Tensor, # (K, dim) earlier teacher embeddings, L2-normalised; no gradient flows into them
     student_temp:float=0.1, # Temperature of the student's relation, > 0
-    teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0; smaller than `student_temp` makes the target sharper
+    teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0; below `student_temp` the target is sharper
     reduction:str='mean' # 'mean' over views and images, 'sum', or 'none' for one value per row of `z_student`
 ) -> Tensor: # Scalar in float32 (float64 if an input is), or (V*bs,) with `reduction='none'`
     "Cross entropy of the student's relation with the teacher's (2107.09282, eq. 5)"
@@ -106,11 +110,13 @@ def ressl_loss(
     dtype = _check_embeddings(z_student, z_teacher, queue)
     with torch.autocast(z_student.device.type, enabled=False):
         z,n = z_student.to(dtype)/student_temp,len(z_student)
-        lse,mean = _LogSumExp.apply(torch.cat([z, z_teacher.detach().to(dtype)/teacher_temp]), queue.detach())  # both in one pass
+        both = torch.cat([z, z_teacher.detach().to(dtype)/teacher_temp])  # in one pass
+        lse,mean = _LogSumExp.apply(both, queue.detach())
         return _reduce(lse[:n] - (z*mean[n:].repeat(n//len(z_teacher), 1)).sum(1), reduction)
 
 def _reduce(loss, reduction):
-    if reduction not in ('mean', 'sum', 'none'): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction not in ('mean', 'sum', 'none'): raise ValueError(
+        f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     return loss if reduction=='none' else getattr(loss, reduction)()
 
 # %% ../nbs/00_losses.ipynb #785f8290

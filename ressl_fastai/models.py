@@ -1,8 +1,9 @@
 """An encoder from any architecture, a projector, an optional predictor, the teacher and the queue in one module.
 
-`create_encoder` turns a torchvision or fastai model function, a timm name or a user's own module into an `Encoder`: images in,
-pooled features out. `ReSSLModel` adds what training needs (2107.09282, section 3; the predictor is from 2203.08717): a projector,
-the teacher and the queue. All state of training lives in it, so `learn.save`, `learn.load` and `lr_find` treat it rightly.
+`create_encoder` turns a torchvision or fastai model function, a timm name or a user's own module into an `Encoder`:
+images in, pooled features out. `ReSSLModel` adds what training needs (2107.09282, section 3; the predictor is from
+2203.08717): a projector, the teacher and the queue. All state of training lives in it, so `learn.save`, `learn.load`
+and `lr_find` treat it rightly.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/models.html.md"""
 
@@ -20,6 +21,7 @@ from difflib import get_close_matches
 from functools import partial
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 import torchvision
 from fastai.layers import ResBlock
@@ -44,10 +46,14 @@ def _arch_name(arch):
 
 def _timm_body(arch, n_in, pretrained):
     try: import timm
-    except ImportError as e: raise ImportError(f"arch {arch!r} is a timm name and timm is not installed: pip install ressl_fastai[timm]") from e
-    if not timm.is_model(arch): raise ValueError(f"arch given as text must be a timm model name, got {arch!r} (pass torchvision's and fastai's models as functions)")
-    body = TimmBody(timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in), pretrained, None, n_in)
-    if getattr(body.model, 'output_fmt', 'NCHW')=='NHWC': body.needs_pool = False  # its maps have channels last: let it pool
+    except ImportError as e: raise ImportError(
+        f"arch {arch!r} is a timm name and timm is not installed: pip install ressl_fastai[timm]") from e
+    if not timm.is_model(arch): raise ValueError(
+        f"arch given as text must be a timm model name, got {arch!r} (pass torchvision's and fastai's models as "
+        "functions)")
+    model = timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in)
+    body = TimmBody(model, pretrained, None, n_in)
+    if getattr(model, 'output_fmt', 'NCHW')=='NHWC': body.needs_pool = False  # its maps have channels last: let it pool
     return body
 
 def _instantiate(arch, pretrained):
@@ -55,9 +61,11 @@ def _instantiate(arch, pretrained):
     ps = inspect.signature(arch).parameters
     if 'weights' in ps: model = arch(weights='DEFAULT' if pretrained else None)
     elif 'pretrained' in ps: model = arch(pretrained=pretrained)
-    elif pretrained: raise ValueError(f"pretrained=True, but {_arch_name(arch)} has neither a weights nor a pretrained parameter")
+    elif pretrained: raise ValueError(
+        f"pretrained=True, but {_arch_name(arch)} has neither a weights nor a pretrained parameter")
     else: model = arch()
-    if not isinstance(model, nn.Module): raise ValueError(f"arch must make an nn.Module, {_arch_name(arch)} made a {type(model).__name__}")
+    if not isinstance(model, nn.Module): raise ValueError(
+        f"arch must make an nn.Module, {_arch_name(arch)} made a {type(model).__name__}")
     return model
 
 def _set_channels(model, n_in, pretrained):
@@ -65,7 +73,8 @@ def _set_channels(model, n_in, pretrained):
     if n_in==3: return
     parent,nm,conv = _child(model, nn.Conv2d)
     try: setattr(parent, nm, create_body(nn.Sequential(conv), n_in, pretrained, cut=noop)[0])
-    except (AssertionError,StopIteration) as e: raise ValueError(f"{type(model).__name__} cannot take n_in={n_in} channels: {e}") from e
+    except (AssertionError,StopIteration) as e: raise ValueError(
+        f"{type(model).__name__} cannot take n_in={n_in} channels: {e}") from e
 
 def _n_convs(m): return sum(isinstance(o, nn.Conv2d) for o in m.modules())
 
@@ -114,7 +123,8 @@ def _without_classifier(model, meta, name, n_in, size):
     except StopIteration: body = None
     nm = first(_classifiers, lambda o: hasattr(model, o))
     if body is not None and (meta.get('cut') is not None or _n_convs(body)==_n_convs(model)):
-        if hasattr(model, 'default_cfg'): body.default_cfg = model.default_cfg  # timm's, with the weights' normalisation
+        # timm's, with the weights' normalisation
+        if hasattr(model, 'default_cfg'): body.default_cfg = model.default_cfg
         if nm is None or _fits(body, model, _images(model, n_in, size)): return body
     if hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     elif nm: setattr(model, nm, nn.Identity())
@@ -164,13 +174,18 @@ def get_arch(
     try: import timm
     except ImportError: timm = None
     if timm and timm.is_model(name): return name
-    near = get_close_matches(name, [*list_models(module=torchvision.models), 'small_resnet', *(timm.list_models() if timm else [])], n=3)
+    known = [*list_models(module=torchvision.models), 'small_resnet', *(timm.list_models() if timm else [])]
+    near = get_close_matches(name, known, n=3)
     raise ValueError(f"arch must be the name of a torchvision, fastai or timm model, got {name!r}"
-                     + (f"; did you mean {' or '.join(near)}?" if near else '') + ('' if timm else ' (timm is not installed)'))
+                     + (f"; did you mean {' or '.join(near)}?" if near else '')
+                     + ('' if timm else ' (timm is not installed)'))
 
 # %% ../nbs/04_models.ipynb #aac83e57
-stems = {'standard':"as the architecture has it", 'small_pool':"3x3 stride 1, max-pool kept (about 64 pixels)",
-         'small':"3x3 stride 1, no max-pool (about 32 pixels)", 'small_pad2':"as small, with padding 2, as solo-learn's ResNets have it"}
+stems = {
+    'standard': "as the architecture has it",
+    'small_pool': "3x3 stride 1, max-pool kept (about 64 pixels)",
+    'small': "3x3 stride 1, no max-pool (about 32 pixels)",
+    'small_pad2': "as small, with padding 2, as solo-learn's ResNets have it"}
 
 # %% ../nbs/04_models.ipynb #99c03b36
 def _child(m, typ):
@@ -189,16 +204,18 @@ def body_stem(
 
 def set_stem(
     body:nn.Module, # Changed in place; its first convolution is taken for the stem
-    stem:str # One of 'standard', 'small_pool' (3x3, stride 1), 'small' (and no max-pool) and 'small_pad2' (and padding 2)
+    stem:str # One of 'standard', 'small_pool' (3x3, stride 1), 'small' (and no max-pool), 'small_pad2' (and padding 2)
 ) -> nn.Module: # `body`
     "Give `body` a stem for small images (2107.09282, section 4.1)"
     if stem not in stems: raise ValueError(f"stem must be one of {', '.join(stems)}, got {stem!r}")
     if stem==body_stem(body): return body
-    if body_stem(body)!='standard': raise ValueError(f"body already has stem={body_stem(body)!r}, it cannot become {stem!r}")
+    if body_stem(body)!='standard': raise ValueError(
+        f"body already has stem={body_stem(body)!r}, it cannot become {stem!r}")
     parent,nm,conv = _child(body, nn.Conv2d)
     if conv is None: raise ValueError(f"stem={stem!r} needs a convolution to replace, {type(body).__name__} has none")
     if conv.kernel_size==conv.stride: raise ValueError(
-        f"stem={stem!r} cannot replace patches of {conv.kernel_size[0]} pixels: use stem='standard' and an architecture with smaller patches")
+        f"stem={stem!r} cannot replace patches of {conv.kernel_size[0]} pixels: "
+        "use stem='standard' and an architecture with smaller patches")
     pad = 2 if stem=='small_pad2' else 1
     if conv.kernel_size==(3,3):
         conv.stride = (1,1)
@@ -223,17 +240,24 @@ def _channels_last(maps, size):
     def sides(h, w): return h<=size[0]+2 and w<=size[1]+2 and abs(h/size[0]-w/size[1])<=2/min(size)
     return sides(*maps.shape[1:3]) and not sides(*maps.shape[2:])
 
+@torch.fx.wrap
+def _at_size(x:Tensor, size:tuple[int,int]) -> Tensor:
+    "Images of `size` as they are, others shrunk or enlarged as a whole"
+    if x.shape[2]==size[0] and x.shape[3]==size[1]: return x
+    return F.interpolate(x, size, mode='bilinear', antialias=True)
+
 class Encoder(nn.Sequential):
-    "A body and average pooling: images (bs, n_in, h, w) to features (bs, nf)"
+    "A body and average pooling: images (bs, n_in, h, w), in evaluation brought to `view_size`, to features (bs, nf)"
     __jit_unused_properties__ = ['stem']
     def __init__(self,
-        body:nn.Module, # Returns features (bs, nf) or maps (bs, nf, h, w); maps (bs, h, w, nf) get their channels in front
+        body:nn.Module, # Returns features (bs, nf) or maps (bs, nf, h, w); of (bs, h, w, nf) the channels go in front
         arch:str, # Name of the architecture, kept with saved weights
         n_in:int=3, # Channels of the images
         size:int|tuple=64 # Side, or (height, width), of the image that the width of the features is found with
     ):
         super().__init__(body, _Pool())
         self.arch,self.n_in,size = arch,n_in,_sides(size)
+        self.view_size = None  # (height, width) of the views, where they are cut from larger images
         out = self._try(size)
         if isinstance(out, Tensor) and out.ndim==4 and _channels_last(out, size):
             self[0] = nn.Sequential(body, Permute([0,3,1,2]))
@@ -243,6 +267,11 @@ class Encoder(nn.Sequential):
         if not isinstance(out, Tensor) or out.ndim not in (2,4):
             raise ValueError(f"{arch} must return features (bs, nf) or maps (bs, nf, h, w), it returned {got}")
         self.nf = out.shape[1]
+
+    def forward(self, x):
+        if self.view_size is not None and not self.training: x = _at_size(x, self.view_size)
+        for layer in self: x = layer(x)
+        return x
 
     def _try(self, size):
         "What the body makes of images of `size`"
@@ -258,17 +287,17 @@ class Encoder(nn.Sequential):
 
     def extra_repr(self): return f"arch={self.arch}, n_in={self.n_in}, stem={self.stem}, nf={self.nf}"
 
-
 # %% ../nbs/04_models.ipynb #b0ecccea
 def create_encoder(
     arch, # torchvision or fastai model function (or `partial` of one), timm name, `nn.Module` or `Encoder`
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's weights, a download unless it is cached
-    stem:str='auto', # 'standard', 'small_pool', 'small', or 'auto': by `size`, for fresh weights where the network runs with it
+    stem:str='auto', # 'standard', 'small_pool', 'small', or 'auto': by `size`, for fresh weights if the network runs so
     size:int|tuple=64 # Side, or (height, width), of the images in pixels
 ) -> Encoder: # Images (bs, n_in, h, w) to features (bs, nf)
     "An encoder from any architecture"
-    if isinstance(arch, Encoder): return Encoder(set_stem(arch[0], arch.stem if stem=='auto' else stem), arch.arch, n_in, size)
+    if isinstance(arch, Encoder):
+        return Encoder(set_stem(arch[0], arch.stem if stem=='auto' else stem), arch.arch, n_in, size)
     body,module = _body(arch, n_in, pretrained, _sides(size)),isinstance(arch, nn.Module)
     def make(stem):
         return Encoder(set_stem(body, body_stem(body) if stem=='auto' else stem), _arch_name(arch), n_in, size)
@@ -296,8 +325,9 @@ def _warn_of_classifier(enc, size):
         for h in hooks: h.remove()
     last = [nm for nm,o in linear.items() if o is out]
     if last: warnings.warn(
-        f"{enc.arch} ends in a linear layer ({last[0] or 'itself'}, {enc.nf} outputs). If that is its classifier, its class scores "
-        "would be taken for features: pass the network with nn.Identity() in its place, or its body alone (of a vision_learner "
+        f"{enc.arch} ends in a linear layer ({last[0] or 'itself'}, {enc.nf} outputs). If that is its classifier, its "
+        "class scores would be taken for features: pass the network with nn.Identity() in its place, or its body alone "
+        "(of a vision_learner "
         "learn.model[0]); else all is well")
 
 
@@ -311,10 +341,15 @@ def create_mlp(
 ) -> nn.Sequential: # (bs, n_in) to (bs, n_out)
     "Linear, batch norm if wanted, ReLU, ..., linear: the shape of projector and predictor"
     if n_layers<0: raise ValueError(f"n_layers must be at least 0, got {n_layers}")
-    if n_layers==0 and n_in!=n_out: raise ValueError(f"n_layers=0 passes embeddings on as they are: n_out must be n_in={n_in}, got {n_out}")
+    if n_layers==0 and n_in!=n_out: raise ValueError(
+        f"n_layers=0 passes embeddings on as they are: n_out must be n_in={n_in}, got {n_out}")
     widths,layers = [n_in] + [n_hidden]*(n_layers-1),[]
-    for i,o in zip(widths, widths[1:]): layers += [nn.Linear(i, o, bias=not bn)] + [nn.BatchNorm1d(o)]*bn + [nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, *[nn.Linear(widths[-1], n_out)]*(n_layers>0))
+    for i,o in zip(widths, widths[1:]):
+        layers.append(nn.Linear(i, o, bias=not bn))
+        if bn: layers.append(nn.BatchNorm1d(o))
+        layers.append(nn.ReLU(inplace=True))
+    if n_layers>0: layers.append(nn.Linear(widths[-1], n_out))
+    return nn.Sequential(*layers)
 
 class L2Norm(nn.Module):
     "Rows of unit length, in float32 or better"
@@ -361,12 +396,20 @@ class ReSSLModel(Embedder):
         queue_dtype:torch.dtype=torch.float32 # What the queue stores; `torch.bfloat16` halves its memory
     ):
         projector = create_mlp(encoder.nf, n_hidden, dim, projector_layers, projector_bn)
-        super().__init__(encoder, projector, create_mlp(dim, ifnone(predictor_hidden, n_hidden), dim, predictor_layers, predictor_bn))
+        predictor = create_mlp(dim, ifnone(predictor_hidden, n_hidden), dim, predictor_layers, predictor_bn)
+        super().__init__(encoder, projector, predictor)
         self.teacher = make_teacher(self.student)
         self.queue = FeatureQueue(queue_size, dim, queue_dtype)
 
     def forward(self, *xs):
         with self.autocast(xs[0]): return torch.cat([Embedder.forward(self, x) for x in xs])
+
+    @property
+    def view_size(self):
+        "(height, width) that images are brought to in evaluation, None for as they are"
+        return self.encoder.view_size
+    @view_size.setter
+    def view_size(self, size): self.encoder.view_size = self.teacher[0].view_size = size
 
     @property
     def student(self): return nn.Sequential(self.encoder, self.projector, self.norm)
@@ -391,7 +434,7 @@ def body_splitter(
 # %% ../nbs/04_models.ipynb #04000063
 def ressl_splitter(
     model:nn.Module # `ReSSLModel`
-) -> L: # Groups of parameters: those of the body as `vision_learner` splits it, then projector and predictor; the teacher's are in none
+) -> L: # Groups of parameters: the body's as of `vision_learner`, then projector and predictor; none of the teacher's
     "So that `freeze` leaves projector and predictor to train, and `fine_tune` gives the body lower learning rates"
     body,heads = model.encoder[0],nn.ModuleList([model.projector, model.predictor])
     return L(body_splitter(body, model.encoder.arch)(nn.Sequential(body, heads))).filter(len)

@@ -1,10 +1,12 @@
 """`FusedAdam`: fastai's `Adam`, whose step on a GPU is one kernel for many parameters instead of ten for each.
 
-A step of fastai's `Adam` is a few operations for each parameter. On a CPU that costs little. On a GPU the host has to launch every one of them: a ResNet-18 has 62 parameters, about 700
-launches per step, and a small network is done before they are made. PyTorch's fused AdamW does the same arithmetic for all of them at once.
+A step of fastai's `Adam` is a few operations for each parameter. On a CPU that costs little. On a GPU the host has to
+launch every one of them: a ResNet-18 has 62 parameters, about 700 launches per step, and a small network is done
+before they are made. PyTorch's fused AdamW does the same arithmetic for all of them at once.
 
-`FusedAdam` is a fastai `Optimizer` through and through: schedules, momentum, `freeze`, discriminative learning rates, no weight decay on batch norms and biases, the same state in the same
-names. Where the parameters are on a GPU, its step is the fused one; elsewhere it is `Adam`. It is what `ressl_learner` uses unless it is given another `opt_func`.
+`FusedAdam` is a fastai `Optimizer` through and through: schedules, momentum, `freeze`, discriminative learning rates,
+no weight decay on batch norms and biases, the same state in the same names. Where the parameters are on a GPU, its
+step is the fused one; elsewhere it is `Adam`. It is what `ressl_learner` uses unless it is given another `opt_func`.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/optimizer.html.md"""
 
@@ -49,7 +51,8 @@ class FusedAdam(Optimizer):
                 if p.device.type not in self.fused_on or p.grad.is_sparse: return super().step(closure)
                 wd = h['wd'] if self.state[p].get('do_wd', True) else 0.
                 groups[h['lr'],h['mom'],h['sqr_mom'],h['eps'],wd].append(p)
-        for (lr,mom,sqr_mom,eps,wd),ps in groups.items(): self._step(ps, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps, weight_decay=wd)
+        for (lr,mom,sqr_mom,eps,wd),ps in groups.items():
+            self._step(ps, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps, weight_decay=wd)
 
     @torch.no_grad()
     def _step(self, ps, **hypers):

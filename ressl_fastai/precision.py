@@ -1,10 +1,11 @@
 """bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 
-Convolutions in bfloat16 on maps with channels last are faster on processors made for that, and slower on others. `choose_precision` says which is which, `DevicePrecision` puts
-it into practice.
+Convolutions in bfloat16 on maps with channels last are faster on processors made for that, and slower on others.
+`choose_precision` says which is which, `DevicePrecision` puts it into practice.
 
-fastai's `MixedPrecision` opens `autocast('cuda')` on any device, and leaves it open when a batch is interrupted. Here the model itself opens autocast around its
-forward pass (`Embedder.autocast`), for the device of its images and in training alone. The loss, validation, `embed` and kNN are computed in float32.
+fastai's `MixedPrecision` opens `autocast('cuda')` on any device, and leaves it open when a batch is interrupted. Here
+the model itself opens autocast around its forward pass (`Embedder.autocast`), for the device of its images and in
+training alone. The loss, validation, `embed` and kNN are computed in float32.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/precision.html.md"""
 
@@ -31,7 +32,7 @@ from torch.nn.modules.conv import _ConvNd
 def has_bfloat16(
     device:torch.device|str # Where it would compute
 ) -> bool: # Whether it computes in bfloat16, rather than emulates it
-    "Checked, not assumed: the instructions of an x86 processor, the capability of a CUDA device; others are taken not to, as nothing was measured on them"
+    "By the instructions of an x86 processor, by the capability of a CUDA device; on others nothing was measured: no"
     device = torch.device(device)
     if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type!='cpu' or not hasattr(torch.cpu, 'get_capabilities'): return False
@@ -43,10 +44,11 @@ precisions = {'float32':None, 'bfloat16':torch.bfloat16}
 def _depthwise(model):
     "Whether it has depthwise convolutions and batch norm, as MobileNet and EfficientNet have"
     ms = list(model.modules())
-    return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels for m in ms) and any(isinstance(m, nn.BatchNorm2d) for m in ms)
+    depthwise = any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels for m in ms)
+    return depthwise and any(isinstance(m, nn.BatchNorm2d) for m in ms)
 
 def _little_work(pixels):
-    "Whether a GPU computes a batch in float32 before its host has asked for the casts to bfloat16, one for each weight of student and teacher at each step"
+    "Whether a GPU computes a batch in float32 before its host has asked for the casts of all weights to bfloat16"
     return pixels is not None and pixels<2**21
 
 def choose_precision(
@@ -56,11 +58,14 @@ def choose_precision(
     model:nn.Module=None, # What it will compute; default: not asked
     pixels:int=None # Pixels of a batch; default: not asked
 ) -> tuple: # What autocast computes in (None: float32), and whether channels come last
-    "bfloat16 and channels last on devices that have bfloat16; on a CPU not bfloat16 for depthwise convolutions with batch norm, on a GPU not for few pixels"
-    if precision not in (*precisions,'auto'): raise ValueError(f"precision must be 'auto', {' or '.join(map(repr, precisions))}, got {precision!r}")
-    if channels_last not in (True,False,'auto'): raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
+    "bfloat16 and channels last where the device has bfloat16, but for depthwise networks on a CPU, few pixels on a GPU"
+    if precision not in (*precisions,'auto'): raise ValueError(
+        f"precision must be 'auto', {' or '.join(map(repr, precisions))}, got {precision!r}")
+    if channels_last not in (True,False,'auto'): raise ValueError(
+        f"channels_last must be True, False or 'auto', got {channels_last!r}")
     pays,on_gpu = has_bfloat16(device),torch.device(device).type=='cuda'
-    light = _little_work(pixels) if on_gpu else torch.device(device).type=='cpu' and model is not None and _depthwise(model)
+    if on_gpu: light = _little_work(pixels)
+    else: light = torch.device(device).type=='cpu' and model is not None and _depthwise(model)
     dtype = (torch.bfloat16 if pays and not light else None) if precision=='auto' else precisions[precision]
     return dtype,(pays if channels_last=='auto' else channels_last)
 
@@ -73,11 +78,12 @@ def why_precision(
     if precision!='auto': return ''
     if dtype: return 'the device is made for it'
     if not has_bfloat16(device): return 'the device is not made for bfloat16'
-    return 'too few pixels for bfloat16 to pay' if torch.device(device).type=='cuda' else 'bfloat16 does not pay for depthwise convolutions'
+    on_gpu = torch.device(device).type=='cuda'
+    return f"bfloat16 does not pay for {'so few pixels' if on_gpu else 'depthwise convolutions'}"
 
 # %% ../nbs/05a_precision.ipynb #5a000024
 def _small_maps(model, shapes):
-    "Convolutions whose maps are smaller than kernel and stride together, each with the shape of its maps, for images of `shapes`"
+    "Convolutions whose maps are smaller than kernel and stride together, with the shapes of these maps"
     found,modes,p = {},[(m,m.training) for m in model.modules()],next(model.parameters())
     def note(m, args):
         x = args[0]
@@ -101,7 +107,7 @@ def _passes(conv, x, dtype):
     return y,*torch.autograd.grad(y, (conv.weight,x), grad)
 
 def _is_wrong(conv, shape, dtype, layout, repeats=4):
-    "Whether a convolution differs from float32 by far more than rounding; repeated, as what was not written may be right by chance"
+    "Whether a convolution is off by far more than rounding; repeated, as what was not written may be right by chance"
     conv = deepcopy(conv).float().requires_grad_(True).to(memory_format=layout)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(conv.weight.device)
     x = x.contiguous(memory_format=layout).requires_grad_(True)
@@ -123,7 +129,8 @@ def half_fault(
         layout = torch.channels_last if channels_last and len(shape)==4 else torch.contiguous_format
         if _is_wrong(conv, shape, dtype, layout):
             size = ' x '.join(map(str, shape[2:]))
-            return f"{conv} on maps of {size} has wrong gradients in {str(dtype).removeprefix('torch.')} on this machine"
+            kind = str(dtype).removeprefix('torch.')
+            return f"{conv} on maps of {size} has wrong gradients in {kind} on this machine"
     return ''
 
 
@@ -161,10 +168,12 @@ class DevicePrecision(Callback):
     ) -> torch.dtype: # What to compute in
         "Half precision that computes wrongly on this CPU becomes float32 if `auto`; else it raises a `ValueError`"
         for shape in shapes if dtype else ():
-            if (dtype,shape) not in self.faults: self.faults[dtype,shape] = half_fault(model, [shape], dtype, self.channels_last)
+            if (dtype,shape) not in self.faults:
+                self.faults[dtype,shape] = half_fault(model, [shape], dtype, self.channels_last)
         fault = first(self.faults[dtype,shape] for shape in shapes if dtype and self.faults[dtype,shape])
         if fault is None: return dtype
-        if not self.auto or self.mixed: raise ValueError(f"{fault}: use precision='float32' (or to_fp32), another size of views, or another stem")
+        if not self.auto or self.mixed: raise ValueError(
+            f"{fault}: use precision='float32' (or to_fp32), another size of views, or another stem")
         self.dtype,self.why = None,fault
         return None
 

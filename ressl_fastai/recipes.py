@@ -1,16 +1,16 @@
 """`recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 
-`ressl_learner` chooses what suits a notebook: Adam, batch norm in the projector, a queue to fit the data. The papers chose otherwise. A
-`Recipe` holds all values of one of their experiments, each with the place where it was read; `learner` and `fit` train with them, and one
-value at a time can be replaced.
+`ressl_learner` chooses what suits a notebook: Adam, batch norm in the projector, a queue to fit the data. The papers
+chose otherwise. A `Recipe` holds all values of one of their experiments, each with the place where it was read;
+`learner` and `fit` train with them, and one value at a time can be replaced.
 
 Where from: the official code for ImageNet (mingkai-zheng/ReSSL) and the authors' archive for small images (as kept in
-cywinski/ressl_audio). Of the papers only the abstracts could be read, so what the extension (2203.08717) adds is known by name alone:
-such values are called *ours*. None is recalled from memory. [Paper to code](explanations/paper_to_code.ipynb) lists where this package
-differs.
+cywinski/ressl_audio). Of the papers only the abstracts could be read, so what the extension (2203.08717) adds is
+known by name alone: such values are called *ours*. None is recalled from memory. [Paper to
+code](explanations/paper_to_code.ipynb) lists where this package differs.
 
-What a recipe says is what runs: data that do not fit (batch size, normalisation, fewer images than the queue) are refused, with the
-override that would make them fit.
+What a recipe says is what runs: data that do not fit (batch size, normalisation, fewer images than the queue) are
+refused, with the override that would make them fit.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/recipes.html.md"""
 
@@ -49,9 +49,10 @@ _small,_large,_both = 'official small-image code','official ImageNet code','offi
 def _from(source, **values): return {k:(v,source) for k,v in values.items()}
 
 _shared = {
-    **_from(_both, bs=256, mom=0.9, warmup_epochs=5, projector_layers=2, projector_bn=False, predictor_layers=0, warmup=None,
-            student_temp=0.1, teacher_temp=0.04),
-    **_from(_both, scale=(0.2,1.), flip_p=0.5, jitter=(0.4,0.4,0.4,0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, blur_sigma=(0.1,2.)),
+    **_from(_both, bs=256, mom=0.9, warmup_epochs=5, projector_layers=2, projector_bn=False, predictor_layers=0,
+            warmup=None, student_temp=0.1, teacher_temp=0.04),
+    **_from(_both, scale=(0.2,1.), flip_p=0.5, jitter=(0.4,0.4,0.4,0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5,
+            blur_sigma=(0.1,2.)),
     **_from(_both+': L2, as in torch.optim.SGD', decouple_wd=False),
     **_from(_both+': 8 parts of a batch, or 8 GPUs', batch_norm='split', n_splits=8)}
 
@@ -59,15 +60,16 @@ _shared = {
 _small_shared = {**_shared, **_from(_small, arch=resnet18, n_hidden=2048, dim=128, lr=0.06, wd=5e-4, wd_bn_bias=True),
     **_from('the paper, by issues 8 and 12 of the official code; small-image archive: 800', n_epoch=200)}
 
-_cifar = {**_small_shared, **_from(_small, size=32, train_set='train, 50,000', stem='small', queue_size=4096, teacher_momentum=0.99),
+_cifar = {**_small_shared,
+    **_from(_small, size=32, train_set='train, 50,000', stem='small', queue_size=4096, teacher_momentum=0.99),
     **_from(_small+'; the reimplementation gergopool/sslic: 0 at this size', blur_p=0.5)}
 
 _medium = {**_small_shared, **_from(_small, size=64, stem='small_pool', queue_size=16384, teacher_momentum=0.996)}
 
 # %% ../nbs/09_recipes.ipynb #03a70a23
 _imagenet = {**_shared,
-    **_from(_large, train_set='train, 1,281,167', norm_stats=imagenet_stats, size=224, arch=resnet50, stem='standard', n_hidden=4096,
-            dim=512, queue_size=131072, teacher_momentum=0.999, lr=0.05, wd=1e-4, n_epoch=200),
+    **_from(_large, train_set='train, 1,281,167', norm_stats=imagenet_stats, size=224, arch=resnet50, stem='standard',
+            n_hidden=4096, dim=512, queue_size=131072, teacher_momentum=0.999, lr=0.05, wd=1e-4, n_epoch=200),
     **_from(_large+": none on names with 'bn' or 'bias'", wd_bn_bias=False)}
 
 _crops = _from(_large+' (ressl_multi)', sides=(1, 6/7, 5/7, 4/7, 3/7), min_scales=(0.2,0.172,0.143,0.114,0.086),
@@ -81,19 +83,23 @@ def _lightweight(arch):
 # %% ../nbs/09_recipes.ipynb #fb8c8306
 def _plus(facts):
     "What 2203.08717 adds, as far as that is known"
-    return {**facts, **_from("ours, as in BYOL; the abstract of 2203.08717: 'asymmetric predictor head'", predictor_layers=2),
+    return {**facts,
+        **_from("ours, as in BYOL; the abstract of 2203.08717: 'asymmetric predictor head'", predictor_layers=2),
         **_from('ours: as wide as the projector', predictor_hidden=facts['n_hidden'][0]),
         **_from('ours, as in BYOL and SCE', predictor_bn=True),
-        **_from("ours: switched off after 5 epochs; the abstract of 2203.08717: 'InfoNCE warm-up strategy'", warmup=InfoNCEWarmup(5))}
+        **_from("ours: switched off after 5 epochs; the abstract of 2203.08717: 'InfoNCE warm-up strategy'",
+                warmup=InfoNCEWarmup(5))}
 
 # %% ../nbs/09_recipes.ipynb #f444474c
+def _of(facts, mean, std, **values): return {**facts, **_from(_small, norm_stats=(mean,std), **values)}
+
 _base = {
-    'cifar10': ('CIFAR-10, ResNet-18', {**_cifar, **_from(_small, norm_stats=((0.4914,0.4822,0.4465), (0.2023,0.1994,0.2010)))}),
-    'cifar100': ('CIFAR-100, ResNet-18', {**_cifar, **_from(_small, norm_stats=((0.5071,0.4867,0.4408), (0.2675,0.2565,0.2761)))}),
-    'stl10': ('STL-10, ResNet-18', {**_medium, **_from(_small, norm_stats=((0.4408,0.4279,0.3867), (0.2682,0.2610,0.2686)),
-        train_set='train and unlabeled, 105,000, of 96 pixels')}),
-    'tiny_imagenet': ('Tiny ImageNet, ResNet-18', {**_medium, **_from(_small, norm_stats=((0.4802,0.4481,0.3975), (0.2302,0.2265,0.2262)),
-        train_set='train, 100,000')}),
+    'cifar10': ('CIFAR-10, ResNet-18', _of(_cifar, (0.4914,0.4822,0.4465), (0.2023,0.1994,0.2010))),
+    'cifar100': ('CIFAR-100, ResNet-18', _of(_cifar, (0.5071,0.4867,0.4408), (0.2675,0.2565,0.2761))),
+    'stl10': ('STL-10, ResNet-18', _of(_medium, (0.4408,0.4279,0.3867), (0.2682,0.2610,0.2686),
+        train_set='train and unlabeled, 105,000, of 96 pixels')),
+    'tiny_imagenet': ('Tiny ImageNet, ResNet-18', _of(_medium, (0.4802,0.4481,0.3975), (0.2302,0.2265,0.2262),
+        train_set='train, 100,000')),
     'imagenet': ('ImageNet, ResNet-50', _imagenet),
     'imagenet_multicrop': ('ImageNet, ResNet-50, five crops', {**_imagenet, **_crops}),
     'imagenet_efficientnet_b0': ('ImageNet, EfficientNet-B0', _lightweight(efficientnet_b0)),
@@ -113,19 +119,23 @@ _goes_to = {nm:where for where,nms in {
     'views': ('size','scale','flip_p'),
     'strong_tfms': ('jitter','jitter_p','gray_p','blur_p','blur_sigma'),
     'multi_crop_tfms': ('sides','min_scales','max_scales'),
-    'ressl_learner': ('arch','stem','batch_norm','n_splits','n_hidden','dim','projector_layers','projector_bn','predictor_layers',
-                      'predictor_hidden','predictor_bn','queue_size','teacher_momentum','student_temp','teacher_temp','warmup'),
+    'ressl_learner': ('arch','stem','batch_norm','n_splits','n_hidden','dim','projector_layers','projector_bn',
+                      'predictor_layers','predictor_hidden','predictor_bn','queue_size','teacher_momentum',
+                      'student_temp','teacher_temp','warmup'),
     'SGD': ('mom','decouple_wd','wd','wd_bn_bias','lr'),
     'fit_warmup_cos': ('n_epoch','warmup_epochs')}.items() for nm in nms}
 
-def _show(o):
+def shown(
+    o # Any value
+) -> str: # For tables and messages
     "A value in few characters"
-    if isinstance(o, (tuple,list)): return f"({', '.join(map(_show, o))})"
+    if isinstance(o, (tuple,list)): return f"({', '.join(map(shown, o))})"
     if isinstance(o, float): return f'{o:.4g}'
     if isinstance(o, InfoNCEWarmup):
         defaults = {k:p.default for k,p in signature(InfoNCEWarmup).parameters.items() if k!='hold'}
-        return f"InfoNCEWarmup({', '.join([f'hold={o.hold}'] + [f'{k}={getattr(o, k)}' for k,v in defaults.items() if getattr(o, k)!=v])})"
-    if isinstance(o, partial): return f"{_show(o.func)}({', '.join(f'{k}={_show(v)}' for k,v in o.keywords.items())})"
+        others = [f'{k}={getattr(o, k)}' for k,v in defaults.items() if getattr(o, k)!=v]
+        return f"InfoNCEWarmup({', '.join([f'hold={o.hold}'] + others)})"
+    if isinstance(o, partial): return f"{shown(o.func)}({', '.join(f'{k}={shown(v)}' for k,v in o.keywords.items())})"
     if isinstance(o, nn.Module): return type(o).__name__
     return getattr(o, '__name__', str(o))
 
@@ -142,13 +152,14 @@ class Recipe:
         if nm in vars(self).get('values', {}): return self.values[nm]
         raise AttributeError(f"{type(self).__name__} has no {nm!r}")
 
-    def __setattr__(self, nm, val): raise AttributeError(f"a recipe does not change, make another: recipe({self.name!r}, {nm}=...)")
+    def __setattr__(self, nm, val): raise AttributeError(
+        f"a recipe does not change, make another: recipe({self.name!r}, {nm}=...)")
     def __dir__(self): return [*super().__dir__(), *self.values]
 
     @property
     def rows(self):
         "What the table shows: name, value, where it goes, source"
-        return [(k, _show(self.values[k]), where, self.sources[k]) for k,where in _goes_to.items() if k in self.sources]
+        return [(k, shown(self.values[k]), where, self.sources[k]) for k,where in _goes_to.items() if k in self.sources]
 
     def __repr__(self):
         rows = [('value', self.name, 'goes to', 'source'), *self.rows]
@@ -156,7 +167,8 @@ class Recipe:
         return '\n'.join('  '.join([*(o.ljust(w) for o,w in zip(r, widths)), r[3]]) for r in rows)
 
     def _repr_markdown_(self):
-        rows = [('value', f'`{self.name}`', 'goes to', 'source'), ['---']*4, *((k, v, f'`{w}`', source) for k,v,w,source in self.rows)]
+        rows = [('value', f'`{self.name}`', 'goes to', 'source'), ['---']*4]
+        rows += [(k, v, f'`{where}`', source) for k,v,where,source in self.rows]
         return '\n'.join(f"| {' | '.join(r)} |" for r in rows)
 
 # %% ../nbs/09_recipes.ipynb #dfae2e89
@@ -169,14 +181,16 @@ def recipe(
     **overrides # Values of your own, by their names in the table
 ) -> Recipe: # Prints as a table; `learner(dls)` and `fit(learn)` use it
     "The values of an experiment of 2107.09282, or of its extension"
-    if name not in recipes: raise ValueError(f"name must be one of {', '.join(recipes)}, got {name!r}{_did_you_mean(str(name), recipes)}")
+    if name not in recipes: raise ValueError(
+        f"name must be one of {', '.join(recipes)}, got {name!r}{_did_you_mean(str(name), recipes)}")
     for k in overrides:
-        if k not in _goes_to: raise TypeError(f"recipe has no value {k!r}{_did_you_mean(k, _goes_to)} Its values are {', '.join(_goes_to)}")
+        if k not in _goes_to: raise TypeError(
+            f"recipe has no value {k!r}{_did_you_mean(k, _goes_to)} Its values are {', '.join(_goes_to)}")
     if isinstance(overrides.get('arch'), str): overrides['arch'] = get_arch(overrides['arch'])
     facts = _facts(name)
     values,sources = {k:facts.get(k, (None,))[0] for k in _goes_to},{k:s for k,(_,s) in facts.items()}
     for k,v in overrides.items():
-        sources[k] = f'yours, instead of {_show(values[k])} ({sources[k]})' if k in sources else 'yours'
+        sources[k] = f'yours, instead of {shown(values[k])} ({sources[k]})' if k in sources else 'yours'
         values[k] = v
     return Recipe(name, values, sources)
 
@@ -210,10 +224,11 @@ def learner_kwargs(self:Recipe) -> dict: # Beside `dls` and `arch`
     if self.sides is None: strong = strong_tfms(self.size, self.scale, **strong)
     else: strong = multi_crop_tfms(self.size, **given('sides', 'min_scales', 'max_scales'), **strong)
     return dict(
-        weak_tfms=weak_tfms(self.size, self.scale, flip_p=self.flip_p), strong_tfms=strong,
+        size=self.size, weak_tfms=weak_tfms(self.size, self.scale, flip_p=self.flip_p), strong_tfms=strong,
         **given(*(k for k,where in _goes_to.items() if where=='ressl_learner' and k not in ('arch','n_splits'))),
         n_splits=max(1, self.n_splits//(num_distrib() or 1)),  # as of bs, each process has its share
-        opt_func=partial(SGD, mom=self.mom, decouple_wd=self.decouple_wd), moms=(self.mom,)*3, **given('lr', 'wd', 'wd_bn_bias'))
+        opt_func=partial(SGD, mom=self.mom, decouple_wd=self.decouple_wd), moms=(self.mom,)*3,
+        **given('lr', 'wd', 'wd_bn_bias'))
 
 @patch
 def fit_kwargs(self:Recipe) -> dict: # For a learner
@@ -229,7 +244,10 @@ def _split_misfit(recipe, bs):
     if bs%n or bs<2*n: return f"{bs} images cannot be {n} equal parts of two or more for batch norm",near
     if near!=n: return f"the {n} parts for batch norm have {bs//n} images, not {part}",near
 
-def _misfits(recipe, dls):
+def recipe_misfits(
+    recipe:Recipe, # From `recipe`
+    dls:DataLoaders # Images and batches as they would be trained on
+) -> dict: # Name of a value to words, and the value that would fit
     "What in `dls` contradicts the recipe, by the name of the value: in words, and the value that would fit"
     bs,n,n_in,res = dls.train.bs*(num_distrib() or 1),dls.train.n,first_images(dls)[0].shape[1],{}
     if bs!=recipe.bs: res['bs'] = f"bs is {bs}, not {recipe.bs}",bs
@@ -242,14 +260,15 @@ def _misfits(recipe, dls):
     elif norm is not None:
         theirs = tuple(tuple(o.flatten().tolist()) for o in (norm.mean,norm.std))
         if max(abs(a-b) for x,y in zip((mean,std), theirs) for a,b in zip(x, y))>1e-4:
-            res['norm_stats'] = f"Normalize has {_show(theirs)}, norm_stats is {_show(recipe.norm_stats)}",None
+            res['norm_stats'] = f"Normalize has {shown(theirs)}, norm_stats is {shown(recipe.norm_stats)}",None
     return res
 
 def _check_dls(recipe, dls):
     "Refuse data that contradict the recipe, and say with which overrides they would fit"
-    if not (misfits := _misfits(recipe, dls)): return
+    if not (misfits := recipe_misfits(recipe, dls)): return
+    values = ', '.join(f'{k}={v}' for k,(_,v) in misfits.items())
     raise ValueError(f"dls do not fit recipe {recipe.name!r}: {'; '.join(what for what,_ in misfits.values())}. "
-                     f"Change dls, or make recipe({recipe.name!r}, {', '.join(f'{k}={v}' for k,(_,v) in misfits.items())})")
+                     f"Change dls, or make recipe({recipe.name!r}, {values})")
 
 # %% ../nbs/09_recipes.ipynb #9d977c0d
 @patch
@@ -281,5 +300,6 @@ def fit(self:Recipe,
     kwargs = {**self.fit_kwargs(), **{k:v for k,v in given.items() if v is not None}, **kwargs}
     n_epoch,warmup = kwargs['n_epoch'],self.warmup
     if isinstance(warmup, InfoNCEWarmup) and warmup.end<1 and warmup(1-1/n_epoch, n_epoch)==1:
-        raise ValueError(f"n_epoch={n_epoch} leaves no epoch for the relational loss after the recipe's warmup={_show(warmup)}")
+        raise ValueError(
+            f"n_epoch={n_epoch} leaves no epoch for the relational loss after the recipe's warmup={shown(warmup)}")
     learn.fit_warmup_cos(**kwargs)

@@ -1,7 +1,7 @@
 r"""The teacher: an exponential moving average of the student that no gradient reaches.
 
-The teacher starts as a copy of the student (`make_teacher`) and follows it slowly (`update_teacher`):
-$\theta_t \leftarrow m\,\theta_t + (1-m)\,\theta_s$ after every optimizer step (2107.09282, section 3.3), where $m$ is the
+The teacher starts as a copy of the student (`make_teacher`) and follows it slowly (`update_teacher`): $\theta_t
+\leftarrow m\,\theta_t + (1-m)\,\theta_s$ after every optimizer step (2107.09282, section 3.3), where $m$ is the
 `teacher_momentum` of the other modules.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/teacher.html.md"""
@@ -35,7 +35,9 @@ def update_teacher(
     if not 0 <= momentum <= 1: raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
     ps_teacher,ps_student = list(teacher.parameters()),list(student.parameters())
     if [p.shape for p in ps_teacher] != [p.shape for p in ps_student]:
-        raise ValueError(f"teacher and student must have the same parameters, got {len(ps_teacher)} and {len(ps_student)} tensors that do not match")
+        raise ValueError(
+            f"teacher and student must have the same parameters, got {len(ps_teacher)} and {len(ps_student)} tensors "
+            "that do not match")
     torch._foreach_lerp_(ps_teacher, ps_student, 1-momentum)
 
 # %% ../nbs/02_teacher.ipynb #77ef1006

@@ -44,7 +44,7 @@ from .batch_norm import set_batch_norm
 from .evaluate import check_classes, embed, embedding_loss, fit_logistic
 from .files import read_torch, write_torch
 from .images import set_opener
-from .loaders import first_images, normalize_stats, same_normalize
+from .loaders import first_images, normalize_stats, same_normalize, set_size, size_of
 from .models import (Embedder, Encoder, ReSSLModel, body_splitter, body_stem, create_encoder, get_arch,
                                  set_stem)
 
@@ -65,10 +65,11 @@ def save_encoder(self:Learner,
     file:str|Path, # Name in `path/model_dir`, or an absolute path; '.pth' is added if missing
     teacher:bool=False # The teacher's encoder instead of the student's
 ) -> Path: # Where it is
-    "Save the encoder with what is needed to use it: architecture, channels, stem and normalisation"
+    "Save the encoder with what is needed to use it: architecture, channels, stem, size of views and normalisation"
     enc,stats = _pretrained(self, teacher)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem,
-                 nf=enc.nf, teacher=teacher, normalize=stats, body=enc[0].state_dict())
+                 nf=enc.nf, view_size=enc.view_size, teacher=teacher, normalize=stats)
+    state['body'] = enc[0].state_dict()
     for k,v in state['body'].items():
         if fault := _fault(v, v): raise ValueError(
             f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
@@ -78,7 +79,7 @@ def save_encoder(self:Learner,
 # %% ../nbs/10a_transfer.ipynb #167aaf33
 def read_encoder(
     file:str|Path # As `save_encoder` writes it
-) -> dict: # What it holds: arch, n_in, stem, nf, teacher, normalize, body
+) -> dict: # What it holds: arch, n_in, stem, nf, view_size, teacher, normalize, body
     "Read an encoder file; a `ValueError` says what is wrong with it"
     file = Path(file)
     if not file.exists(): raise FileNotFoundError(f"no encoder file {file}")
@@ -90,6 +91,7 @@ def read_encoder(
     kinds = dict(arch=str, n_in=int, stem=str, body=dict)
     wrong = [k for k,kind in kinds.items() if not isinstance(state.get(k), kind)]
     if not is_stats(state.get('normalize', 'missing')): wrong.append('normalize')
+    if state.setdefault('view_size') is not None: state['view_size'] = size_of(state['view_size'], f"{file}: view_size")
     if wrong: raise ValueError(
         f"{file} is not a whole encoder file: {wrong[0]} is {state.get(wrong[0], 'missing')!r:.100}")
     return state
@@ -152,14 +154,17 @@ def load_encoder(
     state = read_encoder(file)
     _check_body(model, state, file)
     _load(model, state)
+    if isinstance(model, Encoder): model.view_size = state['view_size']
     return model
 
 @patch
 def load_encoder(self:Learner,
-    file:str|Path # Name in `path/model_dir`, or a path; '.pth' is added if missing
+    file:str|Path # Name in `path/model_dir`, or a path, which goes first; '.pth' is added if missing
 ) -> Learner: # The learner
     "Load a saved encoder into any fastai vision learner: same stem, same normalisation, every tensor accounted for"
-    file = _encoder_file(file, self.path/self.model_dir)
+    given = _encoder_file(file, Path())
+    is_path = len(Path(file).parts)>1 and given.exists()  # a name alone means the file that `save_encoder` wrote
+    file = given if is_path else _encoder_file(file, self.path/self.model_dir)
     state,net = read_encoder(file),get_model(self.model)
     _check_body(net, state, file)  # before anything is changed
     same_normalize(self.dls, state['normalize'], file)
@@ -186,16 +191,23 @@ def _check_labelled(dls):
         warnings.warn(f"bs={train.bs} is larger than the training set of {n} images: "
                       "dls.train now gives all of them in one batch (drop_last=False)")
 
-def _hand_over(learn, dls, teacher):
+def _hand_over(learn, dls, teacher, size=None):
     "A copy of the encoder that was tried on the images of `dls`, and whether its body gives maps"
     set_opener(dls)
     (enc,_),x = _pretrained(learn, teacher),first_images(dls)[0]
+    if size is not None:
+        set_size(dls, size)
+        x = x.new_zeros(*x.shape[:2], *size)
     if x.shape[1]!=enc.n_in: raise ValueError(
         f"the encoder was pretrained on images with {enc.n_in} channels, those of dls have {x.shape[1]}")
     body = set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True)
     enc = Encoder(body, enc.arch, enc.n_in, tuple(x.shape[2:]))
     _check_labelled(dls)
     with torch.no_grad(): return enc,enc[0].eval()(x.to(next(enc.parameters()))).ndim==4
+
+def _size_for(learn, teacher, size):
+    "What images are brought to: what was asked for, or the size of the views; None for as they are"
+    return _pretrained(learn, teacher)[0].view_size if size is None else size_of(size)
 
 def _n_out(dls, n_out):
     n_out = n_out or get_c(dls)
@@ -249,17 +261,19 @@ def _full_batches(dls):
 def to_classifier(self:Learner,
     dls:DataLoaders, # Images with one category each, two or more; they get the normalisation of pretraining
     teacher:bool=False, # The teacher's encoder instead of the student's
+    size:int|tuple=None, # Pixels that images are brought to; default: as `ressl_learner` was told
     **kwargs
 ) -> Learner: # Ready to predict; all but the linear layer is frozen
     "The frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
     _check_categories(dls)
     same_normalize(dls, _pretrained(self, teacher)[1], 'the encoder')
     dls = _full_batches(dls)
-    enc,maps = _hand_over(self, dls, teacher)
+    enc,maps = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     linear = nn.Linear(enc.nf, get_c(dls))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear) if maps else nn.Sequential(linear)
     clf = _as_pretrained(self, dls, teacher, nn.Sequential(enc[0], head), body_splitter(enc[0], enc.arch), **kwargs)
-    _set_linear(linear, fit_logistic(*embed(self, dls.train, teacher)))
+    features = Learner(dls, Embedder(enc, nn.Identity(), nn.Identity()), loss_func=embedding_loss)
+    _set_linear(linear, fit_logistic(*embed(features, dls.train)))
     return clf
 
 # %% ../nbs/10a_transfer.ipynb #c4a10003
@@ -268,6 +282,7 @@ def to_classifier(self:Learner,
 def to_vision_learner(self:Learner,
     dls:DataLoaders, # Images with targets; they get the normalisation of pretraining, another one is refused
     teacher:bool=False, # The teacher's encoder instead of the student's
+    size:int|tuple=None, # Pixels that images are brought to; default: as `ressl_learner` was told
     n_out:int=None, # Outputs of the head; default: as `dls` tells
     custom_head:nn.Module=None, # Instead of fastai's head, from what the body returns to the outputs
     concat_pool:bool=True, # Average and maximum of the maps, or the average alone
@@ -281,7 +296,7 @@ def to_vision_learner(self:Learner,
     **kwargs
 ) -> Learner: # As `vision_learner` makes it of pretrained weights: all but the head is frozen, for `fine_tune`
     "An ordinary fastai learner with a copy of the pretrained encoder"
-    enc,maps = _hand_over(self, dls, teacher)
+    enc,maps = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     model = add_head(enc[0], enc.nf, _n_out(dls, n_out), init, custom_head, concat_pool, maps, lin_ftrs, ps, first_bn,
                      bn_final, lin_first, y_range)
     return _as_pretrained(self, dls, teacher, model, body_splitter(enc[0], enc.arch), **kwargs)
@@ -324,8 +339,10 @@ def encoder_learner(
     "A learner with the encoder in `file`"
     state = read_encoder(file)
     arch = get_arch(state['arch']) if arch is None else deepcopy(arch)
-    enc = create_encoder(arch, state['n_in'], stem=state['stem'], size=tuple(first_images(dls)[0].shape[2:]))
+    size = state['view_size'] or tuple(first_images(dls)[0].shape[2:])
+    enc = create_encoder(arch, state['n_in'], stem=state['stem'], size=size)
     load_encoder(deepcopy(enc), file)  # refuses what does not fit
+    enc.view_size = state['view_size']
     if trained: load_encoder(enc, file)
     same_normalize(dls, state['normalize'], file)
     return Learner(dls, ReSSLModel(enc, queue_size=1, n_hidden=8, dim=8), loss_func=embedding_loss)

@@ -1,13 +1,14 @@
 """Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
 
-The teacher sees a weak view of an image (`weak_tfms`: crop and flip), the student a strong one (`strong_tfms`: crop, flip,
-colour jitter, grayscale, blur); 2107.09282, section 4.1. Both are `RandomView`s: callables from a batch of images in [0, 1] to
-a batch of views in [0, 1], on any device, with any number of channels. Normalisation is not their business: it happens once,
-after them, with the statistics of the `DataLoaders` (see `callback`).
+The teacher sees a weak view of an image (`weak_tfms`: crop and flip), the student a strong one (`strong_tfms`: crop,
+flip, colour jitter, grayscale, blur); 2107.09282, section 4.1. Both are `RandomView`s: callables from a batch of
+images in [0, 1] to a batch of views in [0, 1], on any device, with any number of channels. Normalisation is not their
+business: it happens once, after them, with the statistics of the `DataLoaders` (see `callback`).
 
-Crop, flip, resize and blur act on rows and columns separately, and each row of a view is a weighted sum of a few rows of the image: what an embedding bag
-computes. So a view is two such bags, one over rows and one over columns, followed by one colour matrix per image. No image is looped over. The random
-numbers are drawn on the CPU whatever the device: one seed gives one set of views everywhere, and nobody waits for a GPU.
+Crop, flip, resize and blur act on rows and columns separately, and each row of a view is a weighted sum of a few rows
+of the image: what an embedding bag computes. So a view is two such bags, one over rows and one over columns, followed
+by one colour matrix per image. No image is looped over. The random numbers are drawn on the CPU whatever the device:
+one seed gives one set of views everywhere, and nobody waits for a GPU.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/views.html.md"""
 
@@ -38,9 +39,11 @@ def crop_boxes(
     generator:torch.Generator=None # Source of the random numbers; default: torch's own
 ) -> Tensor: # (bs, 4) whole numbers on the CPU: top, left, height, width
     "Random boxes, one per image, distributed as torchvision's `RandomResizedCrop.get_params`"
-    image,u = np.array([[h],[w]], np.float32),torch.rand(22, bs, generator=generator).numpy()  # few numbers: numpy's calls cost half of torch's
+    image = np.array([[h],[w]], np.float32)
+    u = torch.rand(22, bs, generator=generator).numpy()  # few numbers: numpy's calls cost half of torch's
     def between(u, lo, hi): return lo + (hi-lo)*u
-    side,half = np.sqrt(between(u[:10], h*w*scale[0], h*w*scale[1])),np.exp(between(u[10:20], *(math.log(o)/2 for o in ratio)))
+    side = np.sqrt(between(u[:10], h*w*scale[0], h*w*scale[1]))
+    half = np.exp(between(u[10:20], math.log(ratio[0])/2, math.log(ratio[1])/2))
     sides = np.rint(np.stack([side/half, side*half]))
     fits = ((sides>0) & (sides<=image[:,None])).all(0)
     sides = sides[:,fits.argmax(0),np.arange(bs)]
@@ -56,7 +59,7 @@ def resize_taps(
     length:Tensor, # (bs,) pixels in each interval, at least 1
     size:int, # Pixels of the view along this axis
     flipped:Tensor=None, # (bs,) whether the view runs backwards; default: none does
-    k:int=None # Pixels that make one, at least 2 and twice the largest shrinkage; default: just that, for which values are read, and a GPU waited for
+    k:int=None # Pixels that make one, at least 2 and twice the largest shrinkage; default: that, read from the values
 ) -> tuple: # Pixels and their non-negative weights, both (bs, size, k); weights sum to 1
     "Antialiased bilinear resizing of an interval: which pixels make a pixel of the view"
     start,length = start[:,None,None],length[:,None,None]
@@ -95,7 +98,8 @@ def weigh_rows(
     "Rows that are weighted sums of `k` rows each"
     (bs,c,n,m),(_,size,k) = x.shape,pixels.shape
     pixels,weights = pixels.to(x.device),weights.to(x.device)
-    if x.device.type not in ('cpu','cuda'): return x.new_zeros(bs, size, n).scatter_add_(2, pixels.long(), weights)[:,None] @ x
+    if x.device.type not in ('cpu','cuda'):
+        return x.new_zeros(bs, size, n).scatter_add_(2, pixels.long(), weights)[:,None] @ x
     first = torch.arange(0, bs*c*n, n, dtype=torch.int32, device=x.device).view(bs, c, 1, 1)
     pixels,weights = (pixels[:,None]+first).view(-1, k),weights[:,None].expand(-1, c, -1, -1).reshape(-1, k)
     return F.embedding_bag(pixels, x.reshape(-1, m), mode='sum', per_sample_weights=weights).view(bs, c, size, m)
@@ -106,7 +110,7 @@ def _reach(sigma): return math.ceil(4*sigma.max())
 def blur_taps(
     sigma:Tensor, # (bs,) standard deviations in pixels of the view, >= 0; 0 is no blur
     size:int, # Pixels along this axis
-    reach:int=None # How many pixels far; default: four of the largest standard deviation, for which values are read, and a GPU waited for
+    reach:int=None # How many pixels far; default: four of the largest standard deviation, read from the values
 ) -> tuple: # Pixels and their weights, both (bs, size, k); weights sum to 1
     "Gaussian blur along one axis to four standard deviations; beyond the border is the pixel at it"
     if reach is None: reach = _reach(sigma)
@@ -118,7 +122,8 @@ def blur_taps(
 # %% ../nbs/03_views.ipynb #c706741b
 _luma = torch.tensor([0.299,0.587,0.114])
 _yiq = torch.stack([_luma, torch.tensor([0.5959,-0.2746,-0.3213]), torch.tensor([0.2115,-0.5227,0.3112])])
-_quarter = _yiq.inverse() @ torch.tensor([[0.,0.,0.], [0.,0.,1.], [0.,-1.,0.]]) @ _yiq  # a quarter turn, the way that torchvision turns
+# a quarter turn, the way that torchvision turns
+_quarter = _yiq.inverse() @ torch.tensor([[0.,0.,0.], [0.,0.,1.], [0.,-1.,0.]]) @ _yiq
 _gray,_chroma = _luma.repeat(3),torch.stack([torch.eye(3)-_luma, _quarter]).flatten(1)
 
 @lru_cache
@@ -126,7 +131,7 @@ def _constants(device): return tuple(o.to(device) for o in (_luma,_gray,_chroma)
 
 def color_matrices(
     mean:Tensor, # (bs, c) mean colour of each image, which contrast needs
-    amounts:Tensor # (bs, 4) brightness, contrast, saturation, all >= 0, and hue in whole turns; the latter two only with 3 channels
+    amounts:Tensor # (bs, 4) brightness, contrast, saturation, all >= 0, hue in turns; the last two only with 3 channels
 ) -> Tensor: # (bs, c, c+1): a matrix for the colour, and what is added
     "Brightness, contrast, saturation and hue as one affine map per image"
     (bs,c),(b,k,s,h) = mean.shape,amounts.to(mean.device).T
@@ -151,18 +156,20 @@ def draw_jitter(
     "Random amounts of colour jitter and grayscale, for each image its own"
     low,high = torch.tensor([(max(0., 1-o), 1+o) for o in (brightness, contrast, saturation)] + [(-hue, hue)]).T
     jittered,gray = torch.rand(2, bs, 1, generator=generator) < torch.tensor([jitter_p,gray_p])[:,None,None]
-    amounts = torch.where(jittered, low + (high-low)*torch.rand(bs, 4, generator=generator), torch.tensor([1.,1.,1.,0.]))
+    drawn = low + (high-low)*torch.rand(bs, 4, generator=generator)
+    amounts = torch.where(jittered, drawn, torch.tensor([1.,1.,1.,0.]))
     amounts[:,2:3].masked_fill_(gray, 0.)
     return amounts
 
 # %% ../nbs/03_views.ipynb #5e4d0001
-def _send(
+def send(
     tensors:list, # Small tensors on the CPU
     device:torch.device # Where they are needed
 ) -> list: # The same there
     "All in one copy that nobody waits for: a GPU fetches it from pinned memory when it comes to it"
     if device.type=='cpu': return tensors
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())  # numbers of 8 bytes begin at multiples of 8
+    # numbers of 8 bytes begin at multiples of 8
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     parts = [tensors[i].as_subclass(Tensor).reshape(-1).view(torch.uint8) for i in order]
     together = torch.cat(parts)
     if device.type=='cuda': together = together.pin_memory()
@@ -171,7 +178,7 @@ def _send(
 
 # %% ../nbs/03_views.ipynb #bbe7155e
 def _resample(x, taps):
-    "Rows, then columns, the latter as rows of the transposed images; so the result lies in memory with columns first, on which the next two build"
+    "Rows, then columns, as rows of the transposed images: the result has columns first, as the next two expect"
     x = x.float()
     for o in taps: x = weigh_rows(x, *o).mT
     return x
@@ -200,7 +207,7 @@ class RandomView:
         gray_p:float=0., # Probability of grayscale
         blur_p:float=0., # Probability of blur
         blur_sigma:tuple=(0.1,2.), # Standard deviation of the blur in pixels of the view, > 0
-        generator:torch.Generator=None # CPU source of the random numbers; default: torch's own, which a seed and a checkpoint control
+        generator:torch.Generator=None # CPU source of the random numbers; default: torch's own
     ):
         store_attr()
         self.size,self._said = tuple(size) if isinstance(size, (tuple,list)) else (size,size),False
@@ -211,14 +218,19 @@ class RandomView:
             raise ValueError(f"size must be one or two whole numbers of at least 1, got {self.size}")
         for nm in ('scale','ratio','blur_sigma'):
             lo,hi = getattr(self, nm)
-            if not 0<lo<=hi or (nm=='scale' and hi>1): raise ValueError(f"{nm} must be (low, high) with 0 < low <= high{' <= 1' if nm=='scale' else ''}, got {(lo,hi)}")
+            if not 0<lo<=hi or (nm=='scale' and hi>1): raise ValueError(
+                f"{nm} must be (low, high) with 0 < low <= high{' <= 1' if nm=='scale' else ''}, got {(lo,hi)}")
         for nm in ('flip_p','jitter_p','gray_p','blur_p'):
-            if not 0<=getattr(self, nm)<=1: raise ValueError(f"{nm} must be a probability between 0 and 1, got {getattr(self, nm)}")
+            if not 0<=getattr(self, nm)<=1: raise ValueError(
+                f"{nm} must be a probability between 0 and 1, got {getattr(self, nm)}")
         if len(self.jitter)!=4 or not (all(o>=0 for o in self.jitter) and self.jitter[3]<=0.5):
-            raise ValueError(f"jitter must be (brightness, contrast, saturation, hue), none negative and hue at most 0.5, got {self.jitter}")
+            raise ValueError(
+                "jitter must be (brightness, contrast, saturation, hue), none negative and hue at most 0.5, got "
+                f"{self.jitter}")
 
     def __repr__(self):
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k,v in vars(self).items() if v is not None and not k.startswith('_'))})"
+        shown = [f'{k}={v}' for k,v in vars(self).items() if v is not None and not k.startswith('_')]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __call__(self,
         x:Tensor # (bs, c, h, w) images in [0, 1], or uint8
@@ -230,12 +242,14 @@ class RandomView:
         return v
 
     def _fill(self, v, x):
-        "Whatever is read from the random numbers is read before they are sent: a GPU works on a view long after this has returned"
+        "Random numbers are read before they are sent: a GPU works on a view long after this has returned"
         boxes,flipped,sigma = self._draw(len(x), *x.shape[2:])
-        jitter = draw_jitter(len(x), *self.jitter, self.jitter_p, self.gray_p, self.generator) if self.jitter_p or self.gray_p else sigma[:0]
-        n = self._at_a_time(x)
-        ks,(blurred,sigmas,reaches) = self._most_pixels(boxes),self._blurred(sigma.split(n))
-        sent = _send([*blurred, *sigmas, boxes.int().T, jitter, flipped], x.device)
+        jitter = sigma[:0]
+        if self.jitter_p or self.gray_p:
+            jitter = draw_jitter(len(x), *self.jitter, self.jitter_p, self.gray_p, self.generator)
+        n,ks = self._at_a_time(x),self._most_pixels(boxes)
+        blurred,sigmas,reaches = self._blurred(sigma.split(n))
+        sent = send([*blurred, *sigmas, boxes.int().T, jitter, flipped], x.device)
         blurred,sigmas,(boxes,jitter,flipped) = sent[:len(blurred)],sent[len(blurred):-3],sent[-3:]
         taps = self._taps(boxes, flipped, x, ks)
         for j,i in enumerate(range(0, len(x), n)):
@@ -257,12 +271,15 @@ class RandomView:
 
     def _at_a_time(self, x):
         "Images that fit a processor's cache; on a GPU all"
-        return max(1, 2**19//max(x[0].numel(), x.shape[1]*math.prod(self.size))) if x.device.type=='cpu' else len(x)
+        if x.device.type!='cpu': return len(x)
+        return max(1, 2**19//max(x[0].numel(), x.shape[1]*math.prod(self.size)))
 
     def _say_what_is_left_out(self, c):
         if c in (1,3) or self._said or not (self.gray_p or self.jitter_p and any(self.jitter[2:])): return
         self._said = True
-        warnings.warn(f"images have {c} channels: saturation, hue and grayscale need 3 and are left out, brightness and contrast work on all")
+        warnings.warn(
+            f"images have {c} channels: saturation, hue and grayscale need 3 and are left out, brightness and contrast "
+            "work on all")
 
     def _draw(self, bs, h, w):
         "Boxes (bs, 4), whether flipped (bs,) and standard deviation of the blur (bs,), 0 without"
@@ -272,10 +289,17 @@ class RandomView:
 
     def _taps(self, boxes, flipped, x, ks):
         "Of rows and of columns, made of at most `ks` pixels: crop, flip and resize"
-        (start,length),flips,n,(h,w) = boxes.chunk(2),torch.stack([torch.zeros_like(flipped), flipped]),x.shape[2:],self.size
-        if h==w and n[0]==n[1]: rows,cols = zip(*[o.chunk(2) for o in _look_up(*(o.flatten() for o in (start, length, flips)), n[0], h, max(ks))])  # both at once
-        else: rows,cols = map(_look_up, start, length, flips, n, (h,w), ks)
-        return ((rows[0],rows[1]/255) if x.dtype==torch.uint8 else rows),cols
+        start,length = boxes.chunk(2)  # each (2, bs): of rows, of columns
+        flips = torch.stack([torch.zeros_like(flipped), flipped])
+        (n_rows,n_cols),(h,w) = x.shape[2:],self.size
+        if h==w and n_rows==n_cols:  # both at once
+            pixels,weights = _look_up(start.flatten(), length.flatten(), flips.flatten(), n_rows, h, max(ks))
+            rows,cols = zip(pixels.chunk(2), weights.chunk(2))
+        else:
+            rows = _look_up(start[0], length[0], flips[0], n_rows, h, ks[0])
+            cols = _look_up(start[1], length[1], flips[1], n_cols, w, ks[1])
+        if x.dtype==torch.uint8: rows = rows[0],rows[1]/255
+        return rows,cols
 
 # %% ../nbs/03_views.ipynb #b3901d08
 def weak_tfms(
@@ -314,7 +338,9 @@ def multi_crop_tfms(
 ) -> list: # One `RandomView` for each crop
     "Several strong views of each image, as in the multi-crop training of 2107.09282"
     if not len(sides)==len(min_scales)==len(max_scales):
-        raise ValueError(f"sides, min_scales and max_scales must have one length, got {len(sides)}, {len(min_scales)} and {len(max_scales)}")
+        raise ValueError(
+            f"sides, min_scales and max_scales must have one length, got {len(sides)}, {len(min_scales)} and "
+            f"{len(max_scales)}")
     if not all(0<o<=1 for o in sides): raise ValueError(f"sides must be shares of size in (0, 1], got {sides}")
     return [strong_tfms(max(1, round(size*s)), (lo,hi), **kwargs) for s,lo,hi in zip(sides, min_scales, max_scales)]
 
@@ -333,6 +359,7 @@ def show_views(
     ims = [im if len(im) in (1,3) else im.mean(0, keepdim=True) for row in rows for im in row]
     fig,axs = subplots(len(rows), len(x), imsize=imsize)
     for ax,im in zip(axs.flat, ims): show_image(im, ax=ax, cmap='gray')
-    for ax,title in zip(axs.flat[::len(x)], ['images', 'weak views, for the teacher'] + ['strong views, for the student']*len(strong)):
+    titles = ['images', 'weak views, for the teacher'] + ['strong views, for the student']*len(strong)
+    for ax,title in zip(axs.flat[::len(x)], titles):
         ax.set_title(title, loc='left', fontsize=9)
     fig.tight_layout(pad=0.3)

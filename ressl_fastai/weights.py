@@ -1,11 +1,12 @@
 """Encoders from the checkpoints of the official ReSSL code and of solo-learn.
 
-`load_ressl_weights` makes an `Encoder` of what others have pretrained: checkpoints of the official code (2107.09282; mingkai-zheng/ReSSL,
-and its archive for small images as cywinski/ressl_audio has it) and of solo-learn (vturrisi/solo-learn), all of them torchvision's
-ResNets. Only the names of tensors are taken from there. Files are opened with `weights_only`: no code in them is run.
+`load_ressl_weights` makes an `Encoder` of what others have pretrained: checkpoints of the official code (2107.09282;
+mingkai-zheng/ReSSL, and its archive for small images as cywinski/ressl_audio has it) and of solo-learn
+(vturrisi/solo-learn), all of them torchvision's ResNets. Only the names of tensors are taken from there. Files are
+opened with `weights_only`: no code in them is run.
 
-Nothing is loaded half: every tensor of the file is used or belongs to a part that is known and listed, every tensor of the encoder is
-filled, and the encoder must compute what torchvision's network computes with the same tensors.
+Nothing is loaded half: every tensor of the file is used or belongs to a part that is known and listed, every tensor
+of the encoder is filled, and the encoder must compute what torchvision's network computes with the same tensors.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/weights.html.md"""
 
@@ -28,11 +29,13 @@ from .models import Encoder, create_encoder
 
 # %% ../nbs/08_weights.ipynb #e8aa31b0
 layouts = {
-    'official': dict(under='model', student='module.encoder_q.net.', teacher='module.encoder_k.net.', stems={7:'standard', 3:None},
+    'official': dict(
+        under='model', student='module.encoder_q.net.', teacher='module.encoder_k.net.', stems={7:'standard', 3:None},
         other=('module.encoder_q.head.', 'module.encoder_k.head.', 'module.queue', 'module.queue_ptr')),
     'official, small images': dict(under='model', student='net.net.', teacher='encoder_k.net.', stems={3:None},
         other=('head_q.', 'head_k.', 'queue', 'queue_ptr')),
-    'solo-learn': dict(under='state_dict', student='backbone.', teacher='momentum_backbone.', stems={7:'standard', 3:'small_pad2'},
+    'solo-learn': dict(
+        under='state_dict', student='backbone.', teacher='momentum_backbone.', stems={7:'standard', 3:'small_pad2'},
         other=('projector.', 'momentum_projector.', 'classifier.', 'momentum_classifier.', 'queue', 'queue_ptr'))}
 
 # %% ../nbs/08_weights.ipynb #badb1a47
@@ -42,15 +45,19 @@ def _load(file):
     except Exception as e:
         code = re.search(r'GLOBAL (\S+)', str(e))
         if code and code[1].startswith(('fastai.', 'fastcore.')):
-            raise ValueError(f"{file} holds {code[1]}, it is a file of fastai's: use learn.load, or load_learner") from None
-        if code: raise ValueError(f"{file} holds {code[1]}, and objects beside tensors are not loaded: if you trust where it comes from, "
-            "open it with torch.load(file, weights_only=False) and save its dict of tensors anew, under the same key") from None
+            raise ValueError(
+                f"{file} holds {code[1]}, it is a file of fastai's: use learn.load, or load_learner") from None
+        if code: raise ValueError(
+            f"{file} holds {code[1]}, and objects beside tensors are not loaded: if you trust where it comes from, "
+            "open it with torch.load(file, weights_only=False) and save its dict of tensors anew, under the same key"
+        ) from None
         raise ValueError(f"{file} cannot be read as a checkpoint: {type(e).__name__} {e}") from e
     if isinstance(state, dict) and state.get('format')=='ressl_fastai encoder':
         raise ValueError(f"{file} is an encoder file of this package: use load_encoder")
     return state
 
-def _is_tensors(o): return isinstance(o, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in o.items())
+def _is_tensors(o):
+    return isinstance(o, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in o.items())
 
 def _layout_of(state, file):
     "Name of the layout, and the dict of tensors"
@@ -101,7 +108,8 @@ def _arch_of(net, file):
         diffs[nm] = _differences({**_resnet_shapes(nm), 'conv1.weight': (64, *have['conv1.weight'][1:])}, have)
     nm = min(diffs, key=lambda o: len(diffs[o]))
     if wrong := diffs[nm]: raise ValueError(
-        f"{file} holds none of torchvision's ResNets: {len(wrong)} tensors differ from {nm}, among them {', '.join(wrong[:3])}")
+        f"{file} holds none of torchvision's ResNets: {len(wrong)} tensors differ from {nm}, "
+        f"among them {', '.join(wrong[:3])}")
     return nm
 
 def _kernel_of(net, layout, file):
@@ -122,10 +130,13 @@ def read_ressl_weights(
     nm,tensors = _layout_of(_load(file), file)
     layout = layouts[nm]
     parts,part = _parts(tensors, layout),layout['teacher' if teacher else 'student']
-    if lost := sorted(parts.get(None, {})): raise ValueError(f"{file} holds {len(lost)} tensors of no known part: {', '.join(lost[:5])}")
-    if part not in parts: raise ValueError(f"{file} holds no {'teacher' if teacher else 'student'}: no tensor is named {part}*")
+    if lost := sorted(parts.get(None, {})): raise ValueError(
+        f"{file} holds {len(lost)} tensors of no known part: {', '.join(lost[:5])}")
+    if part not in parts: raise ValueError(
+        f"{file} holds no {'teacher' if teacher else 'student'}: no tensor is named {part}*")
     net = parts.pop(part)
-    if fc := [k for k in net if k.startswith('fc.')]: parts[part+'fc.'] = {k:net.pop(k) for k in fc}  # comes after the features
+    if fc := [k for k in net if k.startswith('fc.')]:  # comes after the features
+        parts[part+'fc.'] = {k:net.pop(k) for k in fc}
     net,stem = _names_back(net)
     k = _kernel_of(net, layout, file)
     info = dict(layout=nm, arch=_arch_of(net, file), n_in=net['conv1.weight'].shape[1], stem=stem or layout['stems'][k],
@@ -139,7 +150,8 @@ def _choose_stem(stem, info, file):
     told = info['stem']
     if told is None:
         if stem not in ('small', 'small_pool'): raise ValueError(
-            f"{file} does not tell whether its 3x3 stem has a max-pool: stem must be 'small' (without) or 'small_pool', got {stem!r}")
+            f"{file} does not tell whether its 3x3 stem has a max-pool: "
+            f"stem must be 'small' (without) or 'small_pool', got {stem!r}")
         return stem
     if stem not in ('auto', told): raise ValueError(f"stem={stem!r} does not fit {file}, whose stem is {told!r}")
     return told
@@ -153,7 +165,8 @@ def _reference(state, info, stem):
     "torchvision's network with these tensors"
     net = _resnet(info['arch'])
     small,pad = stem!='standard',{'standard':3, 'small_pad2':2}.get(stem, 1)
-    net.conv1 = nn.Conv2d(info['n_in'], 64, 3 if small else 7, stride=1 if small else 2, padding=pad, bias=False, device='meta')
+    kernel,stride = (3,1) if small else (7,2)
+    net.conv1 = nn.Conv2d(info['n_in'], 64, kernel, stride, pad, bias=False, device='meta')
     if stem in ('small', 'small_pad2'): net.maxpool = nn.Identity()
     net.fc = nn.Identity()
     net.load_state_dict(state, assign=True)
@@ -171,8 +184,8 @@ def _check_fit(want, have, theirs, ours, file):
     if not (wrong := _differences(want, have)): return
     k,n = wrong[0],len(want.keys()|have.keys())
     raise ValueError(f"{file} holds a {theirs}, which does not fit {ours}: {len(wrong)} of {n} tensors differ, {k} is "
-        f"{want.get(k, 'missing')} in {ours} and {have.get(k, 'missing')} in the file. Use torchvision's or timm's {theirs}: "
-        "other architectures, fastai's xresnets among them, have other layers")
+        f"{want.get(k, 'missing')} in {ours} and {have.get(k, 'missing')} in the file. Use torchvision's or timm's "
+        f"{theirs}: other architectures, fastai's xresnets among them, have other layers")
 
 def load_ressl_weights(
     file:str|Path, # Checkpoint of the official code or of solo-learn
@@ -185,9 +198,11 @@ def load_ressl_weights(
     stem = _choose_stem(stem, info, file)
     enc = _create(arch, info['n_in'], stem)
     body = enc[0].state_dict()
-    names = {k:_named(k.removeprefix('model.'), _children()) for k in body}  # timm's bodies have their network in `model`
+    # timm's bodies have their network in `model`
+    names = {k:_named(k.removeprefix('model.'), _children()) for k in body}
     _check_fit(_shapes({o:body[k] for k,o in names.items()}), _shapes(state), info['arch'], enc.arch, file)
     enc[0].load_state_dict({k:state[o] for k,o in names.items()})
     if not _same_features(enc, _reference(state, info, stem), info['n_in']):
-        raise ValueError(f"{enc.arch} takes the tensors of {file}, but computes other features than torchvision's {info['arch']}")
+        raise ValueError(
+            f"{enc.arch} takes the tensors of {file}, but computes other features than torchvision's {info['arch']}")
     return enc

@@ -11,7 +11,7 @@ from torch import nn
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.evaluate import KNNAccuracy, embed, fit_logistic, knn_accuracy, linear_accuracy, linear_probe
 from ressl_fastai.health import HealthMonitor, effective_rank
-from ressl_fastai.interpret import find_duplicates, find_outliers, plot_embeddings, suggest_labels
+import ressl_fastai.curate
 from ressl_fastai.label_efficiency import _fresh, label_efficiency
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import create_encoder, small_resnet
@@ -140,9 +140,9 @@ def test_an_exported_learner_does_what_the_learner_does(folder, tmp_path):
     away = load_learner(tmp_path/'model.pkl')
     dl,own = away.dls.test_dl(files),learn.dls.test_dl(files)
     for projected in (False,True): assert torch.allclose(embed(away, dl, projected=projected)[0], embed(learn, own, projected=projected)[0], atol=1e-5)
-    assert find_duplicates(away, dl=dl, threshold=0.5).equals(find_duplicates(learn, dl=own, threshold=0.5))
-    assert find_outliers(away, 3, dl=dl).equals(find_outliers(learn, 3, dl=own))
-    assert suggest_labels(away, 3, dl=dl).equals(suggest_labels(learn, 3, dl=own))
+    assert away.find_duplicates(dl=dl, threshold=0.5).equals(learn.find_duplicates(dl=own, threshold=0.5))
+    assert away.find_outliers(3, dl=dl).equals(learn.find_outliers(3, dl=own))
+    assert away.suggest_labels(3, dl=dl).equals(learn.suggest_labels(3, dl=own))
     with pytest.raises(ValueError, match='has no teacher'): embed(away, dl, teacher=True)
     with pytest.raises(ValueError, match='empty'): embed(away)
 
@@ -234,8 +234,8 @@ def test_one_image(folder):
     learn = fit(make(folder_dls(folder)))
     dl = learn.dls.test_dl(get_image_files(folder)[:1])
     assert embed(learn, dl)[0].shape==(1,64)
-    assert len(find_duplicates(learn, dl=dl))==0
-    with pytest.raises(ValueError): plot_embeddings(learn, dl=dl)
+    assert len(learn.find_duplicates(dl=dl))==0
+    with pytest.raises(ValueError): learn.plot_embeddings(dl=dl)
 
 def test_one_class():
     x,_ = some_images()
@@ -248,7 +248,7 @@ def test_equal_features_are_said_before_scikit_learn_is_called(method, monkeypat
     "Its t-SNE ends the process with SIGSEGV on equal rows"
     for nm in ('TSNE','PCA'): monkeypatch.setattr(interpret, nm, None)
     learn = make(tensor_dls(np.zeros((60,16,16,3), dtype=np.uint8), valid_pct=0.25, bs=16))
-    with pytest.raises(ValueError, match='the 45 images must differ, all have the same features'): plot_embeddings(learn, method=method)
+    with pytest.raises(ValueError, match='the 45 images must differ, all have the same features'): learn.plot_embeddings(method=method)
 
 def test_rank_of_nothing(): assert effective_rank(torch.zeros(5, 4)).isfinite() and effective_rank(torch.eye(4)).item()==pytest.approx(4)
 

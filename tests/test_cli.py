@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.neighbors import KNeighborsClassifier
 
 from ressl_fastai.checkpoint import Checkpoint
-from ressl_fastai.cli import find_data, folder_dls, new_folder, ressl_pretrain
+from ressl_fastai.cli import new_folder, ressl_pretrain
+from ressl_fastai.data import find_data, folder_dls
 from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.loaders import clean_dl
@@ -210,7 +211,7 @@ def test_folder_layouts(tmp_path, names, expected):
 
 def test_a_urls_name_is_looked_up(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr('ressl_fastai.cli.untar_data', lambda url: asked.append(url) or tmp_path)
+    monkeypatch.setattr('ressl_fastai.data.untar_data', lambda url: asked.append(url) or tmp_path)
     assert find_data('cifar')==tmp_path and asked[0].endswith('cifar10.tgz')
     for nm in ('path', 'S3', 'nowhere'):
         with pytest.raises(ValueError, match='no such folder'): find_data(nm)

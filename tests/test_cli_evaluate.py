@@ -7,8 +7,8 @@ import numpy as np, pandas as pd, pytest, torch
 from fastcore.script import CliError
 from PIL import Image
 
-from ressl_fastai.cli import folder_dls
-from ressl_fastai.cli_evaluate import ressl_evaluate
+from ressl_fastai.cli import ressl_evaluate
+from ressl_fastai.data import folder_dls
 from ressl_fastai.evaluate import knn_accuracy, linear_accuracy
 from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
@@ -18,7 +18,7 @@ from test_training import fit, make
 
 def shell(*args, cwd):
     "The command in its own process, as its console script starts it"
-    (cwd/'ressl_evaluate').write_text('from ressl_fastai.cli_evaluate import ressl_evaluate\nressl_evaluate()')
+    (cwd/'ressl_evaluate').write_text('from ressl_fastai.cli import ressl_evaluate\nressl_evaluate()')
     return subprocess.run([sys.executable, '-W', 'ignore', cwd/'ressl_evaluate', *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
 
 @pytest.fixture(scope='module')
@@ -73,4 +73,4 @@ def test_in_the_shell_a_mistake_is_that_line(tmp):
 def test_it_is_installed():
     ini = ConfigParser(delimiters=['='])
     ini.read(Path(__file__).parent.parent/'settings.ini')
-    assert 'ressl_evaluate=ressl_fastai.cli_evaluate:ressl_evaluate' in ini['DEFAULT']['console_scripts'].split()
+    assert 'ressl_evaluate=ressl_fastai.cli:ressl_evaluate' in ini['DEFAULT']['console_scripts'].split()

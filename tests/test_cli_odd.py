@@ -8,8 +8,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ressl_fastai import cli
-from ressl_fastai.cli import Interrupted, _claim, ressl_pretrain
-from ressl_fastai.cli_evaluate import ressl_evaluate
+from ressl_fastai.cli import Interrupted, _claim, ressl_evaluate, ressl_pretrain
+from ressl_fastai.data import folder_dls
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.models import small_resnet
 from test_cli import digit_folder
@@ -31,7 +31,7 @@ def there(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('odd')
     digit_folder(tmp/'ims', 60); digit_folder(tmp/'flat', 30, flat=True)
     (tmp/'empty').mkdir(); (tmp/'file.txt').write_text('x')
-    learn = fit(make(cli.folder_dls(tmp/'ims', 8, 16, gray=True, num_workers=0), small_resnet, queue_size=32), 1)
+    learn = fit(make(folder_dls(tmp/'ims', 8, 16, gray=True, num_workers=0), small_resnet, queue_size=32), 1)
     state = torch.load(learn.save_encoder(tmp/'good.pth'), weights_only=True)
     for i,text in enumerate(('', '[]', '{}', '{"size":"8"}', '{"size":8.5}', '{"size":-1}', '{"size":null}', '{"size":NaN}')):
         (tmp/f'run{i}').mkdir()

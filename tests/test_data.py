@@ -1,15 +1,17 @@
 "`tensor_dls` and `cached_dls` against fastai's own pipeline: the same batches, the same training, and everything that fastai does with `DataLoaders`."
-import os, random
+import os, random, shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import (CategoryBlock, Datasets, DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, L, Normalize, PILImage, PILImageBW,
-    RandomResizedCrop, RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdLists, aug_transforms, imagenet_stats, load_learner, vision_learner)
+from fastai.vision.all import (Categorize, CategoryBlock, Datasets, DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, L,
+    Normalize, Pipeline, PILImage, PILImageBW, RandomResizedCrop, RegressionBlock, Resize, TensorCategory, TensorImage,
+    TensorImageBW, TfmdLists, Transform, aug_transforms, imagenet_stats, load_learner, parent_label, vision_learner)
 from PIL import Image
 from torch import Tensor, nn
 
 from ressl_fastai import data
-from ressl_fastai.data import TensorDL, cached_dls, digits_dls, tensor_dls
+from ressl_fastai.data import TensorDL, cached_dls, digits_dls, encoded_targets, find_images, free_memory, tensor_dls
 from ressl_fastai.evaluate import KNNAccuracy, embed
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.loaders import clean_dl, first_images
@@ -237,3 +239,120 @@ def test_tables_of_files_and_what_cannot_be_cached(folder):
     assert same(list(got.valid), list(dls.valid)) and clean_dl(got.train).images is not None
     cached_dls(fastais())                                                  # arrays: in memory
     with pytest.raises(ValueError, match='folder needs images that come from files'): cached_dls(fastais(), folder/'cache2')
+
+
+# start-up: what was found out once
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    "1,000 images in two folders, an empty cache folder, and a list of the files that are opened"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    for i in range(1000):
+        f = tmp_path/'images'/'ab'[i%2]/f'{i:04}.bmp'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4,4), i%256, np.uint8)).save(f)
+    opened = []
+    readable = data.readable_images
+    def spy(files, skip_bad, unread=None, progress=False):
+        opened.append(sorted(files if unread is None else unread))
+        return readable(files, skip_bad, unread, progress)
+    monkeypatch.setattr(data, 'readable_images', spy)
+    return tmp_path,opened
+
+def test_files_are_read_once_and_those_that_changed_again(many):
+    tmp,opened = many
+    files = list(find_images(tmp/'images'))
+    assert len(files)==1000 and opened.pop()==sorted(files)
+    assert list(find_images(tmp/'images'))==files and opened.pop()==[]
+    new = tmp/'images'/'a'/'new.bmp'
+    Image.new('L', (5,5)).save(new)
+    os.utime(files[7], ns=(1,1))                                       # the time, the size, the name
+    Image.new('L', (6,6)).save(files[8])
+    moved = files[9].rename(files[9].with_name('zz.bmp'))
+    assert len(find_images(tmp/'images'))==1001
+    assert opened.pop()==sorted([new, files[7], files[8], moved])
+    assert len(find_images(tmp/'images'))==1001 and opened.pop()==[]
+    cut = moved.read_bytes()[:70]
+    moved.write_bytes(cut)                                             # a file that was good
+    with pytest.raises(ValueError, match='1 of 1001 images cannot be read: .*zz.bmp'): find_images(tmp/'images')
+    assert opened.pop()==[moved]
+    for _ in range(2):                                                 # a bad one is named each time
+        assert len(find_images(tmp/'images', skip_bad=True))==1000 and opened.pop()==[moved]
+
+def test_another_folder_has_a_list_of_its_own(many, monkeypatch):
+    tmp,opened = many
+    find_images(tmp/'images')
+    shutil.copytree(tmp/'images', tmp/'copy')                          # sizes and times are the same
+    find_images(tmp/'copy')
+    assert len(opened.pop())==1000 and len(list((tmp/'cache'/'ressl_fastai').iterdir()))==2
+    monkeypatch.chdir(tmp/'images')                                    # the same folder by another name
+    assert len(find_images(Path('.')))==1000 and opened.pop()==[]
+
+@pytest.mark.parametrize('damage', ['cut','text','other type','empty','folder','bits'])
+def test_a_damaged_list_is_ignored(many, damage):
+    tmp,opened = many
+    files = list(find_images(tmp/'images'))
+    kept, = (tmp/'cache'/'ressl_fastai').iterdir()
+    whole = kept.read_bytes()
+    if damage=='folder':
+        kept.unlink()
+        kept.mkdir()
+    elif damage=='other type': np.save(kept, np.ones(1000))
+    else: kept.write_bytes(dict(cut=whole[:500], text=b'no list', empty=b'', bits=whole[:-16]+bytes(16))[damage])
+    opened.clear()
+    assert list(find_images(tmp/'images'))==files
+    assert len(opened.pop())==(2 if damage=='bits' else 1000)
+
+def test_a_cache_folder_that_cannot_be_written_is_no_error(many, monkeypatch):
+    tmp,opened = many
+    (tmp/'file').write_text('x')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp/'file'))
+    for _ in range(2): assert len(find_images(tmp/'images'))==1000 and len(opened.pop())==1000
+
+def test_few_images_leave_nothing_in_the_cache_folder(folder, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(folder/'cache'))
+    assert len(find_images(folder/'images'))==24 and not (folder/'cache').exists()
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(folder, monkeypatch):
+    dls = from_folder(folder)
+    need = 24*16*16*3
+    monkeypatch.setattr(data, 'free_memory', lambda: need)
+    cached_dls(dls)
+    monkeypatch.setattr(data, 'free_memory', lambda: need-1)
+    opened = []
+    monkeypatch.setattr(data, '_batches', lambda *args, batches=data._batches: (opened.append(1) or o for o in batches(*args)))
+    with pytest.raises(ValueError, match='24 images of 16 x 16 pixels take 0.0 GB of memory, .* name a folder'): cached_dls(dls)
+    assert len(opened)==1                                              # one batch tells the size
+    assert len(cached_dls(dls, folder/'cache').train.images)==24       # on the disk they may be
+    monkeypatch.setattr(data, 'free_memory', lambda: None)             # the system does not say
+    cached_dls(dls)
+
+def test_free_memory_is_what_the_system_says():
+    free = free_memory()
+    if free is None: return pytest.skip('no /proc/meminfo here')
+    assert 2**20<free<=os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
+
+class Upper(Transform):
+    def encodes(self, o:str): return o.upper()
+
+def by_type(o:Path): return o.parent.name
+
+labellings = dict(plain=[parent_label], typed=[by_type], two=[parent_label, str.upper], with_class=[parent_label, Upper()],
+                  partial=[partial(parent_label)], numbers=[parent_label, ord])
+
+@pytest.mark.parametrize('nm', labellings)
+def test_targets_are_those_of_fastais_transforms(folder, nm):
+    files = sorted((folder/'images').rglob('*.png'))
+    ds = Datasets(files, [[PILImage.create], [*labellings[nm], Categorize()]])
+    got, = encoded_targets(ds)
+    assert torch.equal(got, torch.stack([ds[i][1] for i in range(len(ds))])) and type(got)==type(ds[0][1])
+    assert len(got.unique())>1                                         # control
+
+def test_each_class_is_encoded_once(folder, monkeypatch):
+    "What makes it quick: fastai's transforms take long to choose a function by types"
+    calls,files = [],sorted((folder/'images').rglob('*.png'))
+    monkeypatch.setattr(Categorize, '__call__', lambda self, o, **kwargs: calls.append(o) or self._call('encodes', o, **kwargs))
+    ds = Datasets(files, [[PILImage.create], [parent_label, Categorize(vocab=['a','b','c'])]])
+    calls.clear()
+    encoded_targets(ds)
+    assert len(calls)<=3+1                                             # the first is looked at

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 import ressl_fastai.report
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.evaluate import KNNAccuracy, embed, linear_probe
-from ressl_fastai.interpret import find_duplicates, find_outliers, show_neighbors, suggest_labels
+import ressl_fastai.curate
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import RandomView, multi_crop_tfms, strong_tfms, weak_tfms
@@ -68,13 +68,13 @@ def test_exported_learner_gives_features_to_all_that_need_them(tmp_path):
     for projected in (False,True):
         assert close(embed(there, dl, projected=projected)[0], embed(learn, ours, projected=projected)[0])
     assert not close(embed(there, dl)[0], embed(learn, ours, teacher=True)[0])
-    assert find_outliers(there, 3, dl=dl).equals(find_outliers(learn, 3, dl=ours))
-    assert suggest_labels(there, 3, dl=dl).equals(suggest_labels(learn, 3, dl=ours))
-    assert len(find_duplicates(there, dl=dl))==len(find_duplicates(learn, dl=ours))
-    show_neighbors(there, 2, dl=dl)
+    assert there.find_outliers(3, dl=dl).equals(learn.find_outliers(3, dl=ours))
+    assert there.suggest_labels(3, dl=dl).equals(learn.suggest_labels(3, dl=ours))
+    assert len(there.find_duplicates(dl=dl))==len(learn.find_duplicates(dl=ours))
+    there.show_neighbors(2, dl=dl)
     for f,why in ((lambda: embed(there), r'the validation set is empty: .*test_dl\(files\)'),
                   (lambda: embed(there, dl, teacher=True), 'no teacher'),
-                  (lambda: find_outliers(there, 3), r'dl=learn.dls.test_dl\(files\)')):
+                  (lambda: there.find_outliers(3), r'dl=learn.dls.test_dl\(files\)')):
         with pytest.raises(ValueError, match=why): f()
 
 @pytest.mark.parametrize('cls', [PILImage, PILImageBW])

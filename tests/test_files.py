@@ -14,8 +14,8 @@ from test_checkpoint import Crash, differences, everything, fit, make
 from ressl_fastai import cli, data
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.checkpoint_file import checkpoints, last_checkpoint, read_checkpoint, write_checkpoint
-from ressl_fastai.cli import find_images, ressl_pretrain
-from ressl_fastai.data import cached_dls, tensor_dls
+from ressl_fastai.cli import ressl_pretrain
+from ressl_fastai.data import cached_dls, find_images, tensor_dls
 from ressl_fastai.files import check_writable, read_torch, replacing, write_text, write_torch, writing
 from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet

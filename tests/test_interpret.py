@@ -1,35 +1,21 @@
-"What interpretation shows and suggests, against scikit-learn and loops; that it finds what was planted, and changes nothing."
+"What interpretation shows, against scikit-learn and loops; embeddings are made once and never stale; nothing is changed."
 import random, sys, types
-from functools import partial
 
 import matplotlib, numpy as np, pandas as pd, pytest, torch
 matplotlib.use('agg')
-from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, Learner, MultiCategoryBlock, PILImage, PILImageBW,
-    RandomResizedCrop, RandomSplitter, RegressionBlock, Resize, get_image_files, noop)
+from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, ImageBlock, ImageDataLoaders, IndexSplitter,
+                               Learner, MultiCategoryBlock, Normalize, PILImage, RandomSplitter, RegressionBlock, Resize,
+                               TensorImage, TfmdDL, get_image_files, noop)
 from matplotlib import pyplot as plt
-from sklearn.cluster import KMeans
-from sklearn.datasets import load_digits, make_blobs
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
+from looks import NoBN, folder, make, trained
+from ressl_fastai.all import show_items
 from ressl_fastai.evaluate import embed
-from ressl_fastai.interpret import (find_duplicates, find_outliers, image_relations, nearest, plot_embeddings, show_items, show_neighbors, suggest_labels, typiclust)
-from ressl_fastai.learner import ressl_learner
-from ressl_fastai.loaders import clean_dl
-
-class NoBN(nn.Sequential):
-    def __init__(self, n_in=1): super().__init__(nn.Conv2d(n_in, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
-
-def few_digits():
-    "140 images for training and 60 for validation; the items are 100, 101, ..."
-    digits = load_digits()
-    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=(digits.images*15).astype(np.uint8).__getitem__, get_y=digits.target.__getitem__,
-                      splitter=IndexSplitter(range(140, 200)))
-    return block.dataloaders(range(100, 300), bs=32, num_workers=0)
-
-def make(dls=None, n_in=1, **kwargs):
-    random.seed(0); np.random.seed(0); torch.manual_seed(0)
-    return ressl_learner(dls or few_digits(), NoBN(n_in), **{**dict(queue_size=8, n_hidden=16, dim=8, metrics=[]), **kwargs})
+from ressl_fastai.interpret import nearest
+from ressl_fastai.loaders import clean_dl, subset
+from ressl_fastai.models import Encoder
 
 @pytest.fixture(autouse=True)
 def close_figures():
@@ -37,14 +23,7 @@ def close_figures():
     plt.close('all')
 
 @pytest.fixture(scope='module')
-def learn(tmp_path_factory):
-    "Trained for an epoch, so that teacher and student differ; 'start' holds what it was before"
-    learn = make(predictor_layers=2, path=tmp_path_factory.mktemp('learn'))
-    learn.save('start')
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
-    return learn
-
-def blobs(n=10, seed=0): return make_blobs(60*n, 16, centers=np.random.default_rng(5).normal(size=(n,16))*10, random_state=seed)
+def learn(tmp_path_factory): return trained(tmp_path_factory.mktemp('learn'))
 
 # similarities
 
@@ -57,37 +36,7 @@ def test_nearest_is_scikit_learns(chunk):
     dist,idxs = NearestNeighbors(n_neighbors=4, metric='cosine').fit(x).kneighbors()  # without the images themselves
     sims,near = nearest(x, k=4, chunk=chunk)
     assert near.tolist()==idxs.tolist() and np.allclose(1-dist, sims)
-    assert nearest(x, x, k=1)[1].flatten().tolist()==list(range(70))                  # control: an image is its own neighbour in a bank that holds it
-
-def test_planted_duplicates_are_found_and_nothing_else(learn):
-    x = torch.randn(140, 16)
-    x[90] = x[3]*2 + 0.001*torch.randn(16); x[101] = x[5]
-    pairs = find_duplicates(learn, 0.999, features=(x,None), chunk=140*50)
-    assert list(zip(pairs['index'], pairs.other_index))==[(5,101), (3,90)]
-    unit = x/x.norm(dim=1, keepdim=True)
-    sims = (unit@unit.T).numpy()
-    many = find_duplicates(learn, 0.5, features=(x,None), chunk=140*50)
-    assert set(zip(many['index'], many.other_index))==set(zip(*np.where(np.triu(sims>=0.5, 1)))) and len(many)>10
-    assert many.similarity.is_monotonic_decreasing
-    assert list(many.path)==[learn.dls.train_ds.items[i] for i in many['index']]
-    with pytest.raises(ValueError, match='raise the threshold'): find_duplicates(learn, 0.01, features=(x,None), max_pairs=100)
-
-def test_a_copied_file_is_found(tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(40): PILImage.create(rng.integers(0, 255, (20,20,3), dtype=np.uint8)).save(tmp_path/f'{i:02}.png')
-    (tmp_path/'copy.png').write_bytes((tmp_path/'07.png').read_bytes())
-    dls = DataBlock(ImageBlock, get_items=get_image_files, splitter=IndexSplitter([]), item_tfms=RandomResizedCrop(16, min_scale=0.2)).dataloaders(tmp_path, bs=8, num_workers=0)
-    pairs = find_duplicates(make(dls, 3), 0.99999)
-    assert [{o.path.name,o.other_path.name} for o in pairs.itertuples()]==[{'07.png','copy.png'}]
-
-def test_planted_outlier_ranks_first(learn):
-    x = torch.randn(16)+torch.randn(140, 16)*0.1
-    x[77] = -x[77]
-    odd = find_outliers(learn, k=6, features=(x,None))
-    assert odd['index'][0]==77 and odd.path[0]==learn.dls.train_ds.items[77] and len(odd)==140
-    reference = NearestNeighbors(n_neighbors=6, metric='cosine').fit(x).kneighbors()[0].mean(1)
-    assert np.allclose(odd.sort_values('index').score, reference, atol=1e-5) and odd.score.is_monotonic_decreasing
-    assert reference[np.arange(140)!=77].max()<reference[77]/2  # control: nothing else stands out
+    assert nearest(x, x, k=1)[1].flatten().tolist()==list(range(70))  # control: a bank that holds the image itself
 
 # relations
 
@@ -102,7 +51,7 @@ def reference_relation(model, x, idx, temp, teacher):
 
 def test_relations_are_the_softmax_of_the_loss(learn):
     x = torch.cat([b[0] for b in clean_dl(learn.dls.valid)]).as_subclass(torch.Tensor)
-    p = image_relations(learn, 11, learn.dls.valid)
+    p = learn.image_relations(11, learn.dls.valid)
     for who,temp in (('teacher',0.04), ('student',0.1)):
         expected = reference_relation(learn.model, x, 11, temp, who=='teacher')
         torch.testing.assert_close(p[who].double(), expected.double(), atol=1e-5, rtol=1e-3)
@@ -111,94 +60,27 @@ def test_relations_are_the_softmax_of_the_loss(learn):
             assert (p[who]-wrong).abs().max()>1e-4  # controls: temperatures swapped, networks swapped
 
 def test_relations_of_a_saved_model(learn):
-    now,then = image_relations(learn, 3, learn.dls.valid),image_relations(learn, 3, learn.dls.valid, before='start')
+    now,then = learn.image_relations(3, learn.dls.valid),learn.image_relations(3, learn.dls.valid, before='start')
     start = make(predictor_layers=2)
-    expected = image_relations(start, 3, start.dls.valid)
+    expected = start.image_relations(3, start.dls.valid)
     for who in now:
         torch.testing.assert_close(then[who], expected[who])
         assert (then[who]-now[who]).abs().max()>1e-4
     learn.show_relations(3, k=4, dl=learn.dls.valid, before='start')
-    titles = [ax.get_title() for ax in plt.gcf().axes]
-    assert titles[::5]==['teacher then', 'student then', 'teacher now', 'student now']
+    titles,rows = ([f(ax) for ax in plt.gcf().axes] for f in (lambda ax: ax.get_title(), lambda ax: ax.get_ylabel()))
+    assert rows[::5]==['teacher then', 'student then', 'teacher now', 'student now'] and titles[::5]==['image']*4
     assert titles[11:15]==[f'{o:.3f}' for o in now['teacher'].topk(4).values]
-
-# what to label
-
-def reference_typiclust(x, n, labelled, k, seed):
-    "Cluster by cluster, as the paper describes it"
-    x = x/np.linalg.norm(x, axis=1, keepdims=True)
-    cluster = KMeans(len(labelled)+n, random_state=seed, n_init=1).fit_predict(x)
-    free = {c: (sum(cluster[i]==c for i in labelled), -np.sum(cluster==c)) for c in set(cluster) if np.sum(cluster==c)>5}
-    picked = []
-    for c in free:
-        members = np.where(cluster==c)[0]
-        dist = NearestNeighbors(n_neighbors=min(k, len(members)//2)).fit(x[members]).kneighbors()[0].mean(1)
-        picked.append((*free[c], next(int(i) for i in members[np.argsort(dist)] if i not in labelled)))
-    return [i for _,_,i in sorted(picked)[:n]]
-
-@pytest.mark.parametrize('labelled', [[], [0, 5, 100, 333]])
-def test_typiclust_is_the_papers(labelled):
-    x = np.random.default_rng(1).normal(size=(500,6)).astype(np.float32)
-    df = typiclust(torch.tensor(x), 12, labelled, seed=3)
-    expected = reference_typiclust(x, 12, labelled, 20, 3)
-    assert list(df['index'])==expected
-    assert expected!=reference_typiclust(x, 12, labelled, 2, 3)  # control: other neighbours, other choice
-
-def test_one_image_of_each_blob_where_chance_misses_some():
-    for seed in range(5):
-        x,y = blobs(seed=seed)
-        df = typiclust(torch.tensor(x), 10, seed=seed)
-        assert len(set(y[df['index']]))==10
-        assert df.equals(typiclust(torch.tensor(x), 10, seed=seed))
-        assert len(set(y[np.random.default_rng(seed).choice(len(y), 10, replace=False)]))<10
-
-def test_the_next_round_goes_where_no_label_is():
-    x,y = blobs()
-    labelled = [np.where(y==c)[0][0] for c in range(4)]
-    df = typiclust(torch.tensor(x), 6, labelled)
-    assert set(y[df['index']])==set(range(4,10))
-    assert set(y[typiclust(torch.tensor(x), 6)['index']]) & set(range(4))  # control: without knowing of the labels
-
-def test_small_clusters_come_last_and_many_labels_go_round():
-    x,y = blobs(4)
-    far = torch.tensor(-x[y==0][:3])*50+torch.randn(3, 16)*100
-    df = typiclust(torch.cat([torch.tensor(x), far.double()]), 6)
-    assert not set(df['index'][:4]) & {240,241,242}
-    df = typiclust(torch.tensor(x), 100, list(range(50)), max_clusters=7)
-    assert len(set(df['index']))==100 and not set(df['index']) & set(range(50)) and df['cluster'].nunique()>4
-    assert len(typiclust(torch.tensor(x), 240))==240
-
-def test_suggestions_by_position_or_path(tmp_path):
-    files = folder(tmp_path)
-    learn = make(ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%2, valid_pct=0.2, seed=0, bs=8, num_workers=0), 3)
-    first = suggest_labels(learn, 4)
-    assert list(first.path)==[learn.dls.train_ds.items[i] for i in first['index']]
-    assert all(suggest_labels(learn, 4, labelled=o).equals(suggest_labels(learn, 4, labelled=first['index'])) for o in (first.path, map(str, first.path)))
-    assert not set(suggest_labels(learn, 28, labelled=first.path).path) & set(first.path)
-    with pytest.raises(ValueError, match='no.png'): suggest_labels(learn, 2, labelled=['no.png'])
-    with pytest.raises(ValueError, match='labelled must be one or more positions between 0 and 31, got 32'): suggest_labels(learn, 2, labelled=[32])
-    with pytest.raises(ValueError, match='n must be at least 1 and at most the 28'): suggest_labels(learn, 29, labelled=first.path)
-    # the file a person fills in is one that fastai reads
-    first.assign(label=['a','b','a','b']).to_csv(tmp_path/'labels.csv', index=False)
-    df = pd.read_csv(tmp_path/'labels.csv')
-    dls = ImageDataLoaders.from_lists(tmp_path, df.path, df.label, valid_pct=0.5, bs=2, num_workers=0)
-    assert dls.train.n+dls.valid.n==4 and dls.one_batch()[0].shape==(2,3,20,20)
 
 # any data, nothing changed
 
-def folder(path, n=40):
-    rng = np.random.default_rng(0)
-    for i in range(n): PILImage.create(rng.integers(0, 255, (20,20,3), dtype=np.uint8)).save(path/f'{i:02}.png')
-    return get_image_files(path).sorted()
-
 def use_all(learn, **kwargs):
     dl = kwargs.get('dl', learn.dls.train)
-    show_neighbors(learn, 2, k=3, **kwargs)
+    learn.show_neighbors(2, k=3, **kwargs)
     show_items(dl, [0, dl.n-1], ['a','b'], ['r',None])
     learn.show_relations(1, k=3, dl=dl)
-    plot_embeddings(learn, 'pca', thumbnails=4, **kwargs)
-    plot_embeddings(learn, 'tsne', n=20, **kwargs)
-    return find_duplicates(learn, 0.9999, **kwargs),find_outliers(learn, k=3, **kwargs),suggest_labels(learn, 3, **kwargs)
+    learn.plot_embeddings('pca', thumbnails=4, **kwargs)
+    learn.plot_embeddings('tsne', n=20, **kwargs)
+    return learn.find_duplicates(0.9999, **kwargs),learn.find_outliers(k=3, **kwargs),learn.suggest_labels(3, **kwargs)
 
 def everything(learn):
     "What must stay: weights, modes, gradients wanted, random states, transforms, what fastai keeps"
@@ -241,40 +123,178 @@ def test_any_data(tmp_path, kind):
         else: assert list(odd.name)==[items.name.iloc[i] for i in odd['index']]
 
 def test_teacher_and_student_differ_and_features_are_used_again(learn):
-    a,b = (find_outliers(learn, dl=learn.dls.valid, teacher=t).score for t in (False,True))
+    a,b = (learn.find_outliers(dl=learn.dls.valid, teacher=t).score for t in (False,True))
     assert not np.allclose(a, b)
-    assert find_outliers(learn, dl=learn.dls.valid, features=embed(learn, learn.dls.valid, teacher=True)).score.equals(b)
-    with pytest.raises(ValueError, match="dl's 140 images, got 60"): find_outliers(learn, features=embed(learn))
+    assert learn.find_outliers(dl=learn.dls.valid, features=embed(learn, learn.dls.valid, teacher=True)).score.equals(b)
+    with pytest.raises(ValueError, match="dl's 140 images, got 60"): learn.find_outliers(features=embed(learn))
 
 def test_frames_are_green_for_the_same_class(learn):
     x,y = embed(learn, learn.dls.valid)
-    show_neighbors(learn, [5], k=8, dl=learn.dls.valid)
-    drawn = [ax.patches[0].get_edgecolor() for ax in plt.gcf().axes if ax.patches]
+    learn.show_neighbors([5], k=8, dl=learn.dls.valid)
+    drawn = [ax.spines['left'].get_edgecolor() for ax in plt.gcf().axes][1:]
     near = NearestNeighbors(n_neighbors=9, metric='cosine').fit(x).kneighbors()[1][5][:8]
     expected = [matplotlib.colors.to_rgba('tab:green' if y[i]==y[5] else 'tab:red') for i in near]
     assert drawn==expected and len(set(expected))==2
 
 def test_pictures_are_those_of_the_positions(learn):
     show_items(learn.dls.train, [7, 139, 7])
-    shown = [ax.images[0].get_array() for ax in plt.gcf().axes]
+    shown = [ax.images[0].get_array()[...,0] for ax in plt.gcf().axes]
     for im,i in zip(shown, (7,139,7)): assert np.allclose(im, np.asarray(learn.dls.train_ds[i][0])/255, atol=1e-6)
 
 def test_umap_is_used_if_there_and_asked_for_if_not(learn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'umap', None)
-    with pytest.raises(ImportError, match='pip install umap-learn'): plot_embeddings(learn, 'umap', dl=learn.dls.valid)
+    with pytest.raises(ImportError, match='pip install umap-learn'): learn.plot_embeddings('umap', dl=learn.dls.valid)
     class UMAP:
         def __init__(self, random_state): assert random_state==4
         def fit_transform(self, x): return x[:,:2]
     monkeypatch.setitem(sys.modules, 'umap', types.SimpleNamespace(UMAP=UMAP))
-    ax = plot_embeddings(learn, 'umap', seed=4, dl=learn.dls.valid)
-    assert sum(len(o.get_offsets()) for o in ax.collections)==60 and len(ax.get_legend().get_texts())==10
+    ax = learn.plot_embeddings('umap', seed=4, dl=learn.dls.valid)
+    assert max(len(o.get_offsets()) for o in ax.collections)==60 and len(ax.get_legend().get_texts())==10
 
 def test_what_cannot_work_is_refused(learn):
-    for f,name in ((lambda: find_duplicates(learn, 1.5), 'threshold'), (lambda: find_outliers(learn, k=0), 'k must'), (lambda: plot_embeddings(learn, 'lda'), 'method'),
-                   (lambda: show_neighbors(learn, [-1]), 'idxs'), (lambda: show_neighbors(learn, []), 'idxs'), (lambda: show_items(learn.dls.train, [140]), 'idxs'),
-                   (lambda: image_relations(learn, -1), 'idx'), (lambda: suggest_labels(learn, 0), 'n must')):
+    for f,name in ((lambda: learn.find_duplicates(1.5), 'threshold'), (lambda: learn.find_outliers(k=0), 'k must'), (lambda: learn.plot_embeddings('lda'), 'method'),
+                   (lambda: learn.show_neighbors([-1]), 'idxs'), (lambda: learn.show_neighbors([]), 'idxs'), (lambda: show_items(learn.dls.train, [140]), 'idxs'),
+                   (lambda: learn.image_relations(-1), 'idx'), (lambda: learn.suggest_labels(0), 'n must')):
         with pytest.raises(ValueError, match=name): f()
     plain = Learner(learn.dls, NoBN(), loss_func=noop)
-    with pytest.raises(ValueError, match='encoder'): find_outliers(plain)
+    with pytest.raises(ValueError, match='encoder'): plain.find_outliers()
     with pytest.raises(ValueError, match='ReSSL callback'): plain.show_relations()
     with pytest.raises(FileNotFoundError, match='before'): learn.show_relations(before='never')
+
+# embeddings are made once, and never stale
+
+@pytest.fixture
+def passes(monkeypatch):
+    "How many images went through an encoder, by call"
+    counted,forward = [],Encoder.forward
+    def count(self, x):
+        counted.append(len(x))
+        return forward(self, x)
+    monkeypatch.setattr(Encoder, 'forward', count)
+    return counted
+
+def again(passes, f):
+    "Images that go through an encoder in `f`"
+    passes.clear()
+    f()
+    return sum(passes)
+
+def test_every_look_uses_what_is_kept(passes):
+    learn = make()
+    assert again(passes, learn.embed)==140 and again(passes, lambda: learn.embed(teacher=True))==140
+    looks = [learn.embed, learn.show_neighbors, learn.show_relations, learn.plot_embeddings, learn.find_duplicates,
+             learn.find_outliers, learn.find_clusters, lambda: learn.suggest_labels(3), lambda: learn.find_outliers(teacher=True)]
+    assert [again(passes, o) for o in looks]==[0]*len(looks)
+    for teacher in (False,True):
+        for a,b in zip(learn.embed(teacher=teacher), embed(learn, learn.dls.train, teacher)): assert torch.equal(a, b)
+    assert again(passes, lambda: learn.embed(learn.dls.valid))==60
+    learn.embed()[0].zero_()  # what is given away is a copy
+    assert learn.embed()[0].abs().sum()>0
+
+def in_place(learn):
+    p = next(learn.model.encoder.parameters())
+    version = p._version
+    p.data.add_(1e-3)  # as fastai's optimizers do it
+    assert p._version==version  # PyTorch's counter sees nothing
+def a_step(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+def loaded(learn): learn.load('start')
+def a_setting(learn): next(m for m in learn.model.encoder.modules() if isinstance(m, nn.Conv2d)).stride = (1,1)
+
+@pytest.mark.parametrize('change', [in_place, a_step, loaded, a_setting])
+def test_other_weights_are_embedded_again(change, passes, tmp_path):
+    learn = make(path=tmp_path)
+    learn.save('start')
+    next(learn.model.encoder.parameters()).data.mul_(1.5)
+    before = learn.embed()[0]
+    change(learn)
+    after = learn.embed()[0]
+    assert not torch.equal(before, after) and torch.equal(after, embed(learn, learn.dls.train)[0])
+    assert again(passes, learn.embed)==0
+
+def test_other_images_labels_and_transforms_are_embedded_again(passes, tmp_path):
+    files = folder(tmp_path)
+    def dls_of(items, size=16, tfms=(), label=lambda f: int(f.stem)%2):
+        block = DataBlock((ImageBlock,CategoryBlock), get_y=label, splitter=IndexSplitter([0]),
+                          item_tfms=Resize(size), batch_tfms=tfms)
+        return block.dataloaders(items, bs=8, num_workers=0)
+    learn = make(dls_of(files), 3)
+    learn.embed()
+    assert again(passes, learn.embed)==0 and again(passes, lambda: learn.embed(learn.dls.train.new()))==0
+    others = dict(items=dls_of(files[::-1]), size=dls_of(files, 12), label=dls_of(files, label=lambda f: int(f.stem)%3))
+    for dls in others.values():
+        for dl in dls.loaders: dl.after_batch.fs += [o for o in learn.dls.after_batch.fs if isinstance(o, Normalize)]
+    assert [again(passes, lambda: learn.embed(o.train)) for o in others.values()]==[39]*3
+    part = learn.dls.train.new(get_idxs=lambda: [3,1])
+    assert again(passes, lambda: learn.embed(part))==2
+    assert again(passes, learn.embed)==0
+    learn.dls.train.dataset.items[0] = learn.dls.train.dataset.items[5]  # in place
+    assert again(passes, learn.embed)==39
+    rewritten = learn.dls.train.dataset.items[7]
+    PILImage.create(np.zeros((20,20,3), np.uint8)).save(rewritten)
+    x = learn.embed()[0]
+    assert torch.equal(x, embed(learn, learn.dls.train)[0]) and again(passes, learn.embed)==0
+    learn.dls.train.after_item.add(Resize(10))
+    assert again(passes, learn.embed)==39
+
+class Squares:
+    "A data set that is not fastai's: where its images come from is not known"
+    def __len__(self): return 10
+    def __getitem__(self, i): return TensorImage(torch.full((1,8,8), i/10)),0
+
+def test_what_cannot_be_described_is_not_kept_and_nothing_is_exported(passes, tmp_path):
+    learn = make(DataLoaders(TfmdDL(Squares(), bs=5), TfmdDL(Squares(), bs=5)), 1, guard=False, path=tmp_path)
+    assert [again(passes, lambda: learn.embed(learn.dls.train)) for _ in range(2)]==[10,10]
+    learn = make(path=tmp_path)
+    learn.export('before.pkl')
+    for dl in learn.dls.loaders: learn.embed(dl)
+    learn.export('after.pkl')
+    assert abs((tmp_path/'after.pkl').stat().st_size-(tmp_path/'before.pkl').stat().st_size)<1000
+
+def test_a_bar_comes_only_when_there_is_something_to_wait_for(monkeypatch):
+    shown,now = [],[0.]
+    class Bar:
+        def __init__(self, gen, leave):
+            self.at,self.start_t = [],100.
+            shown.append(self)
+        def update(self, i): self.at.append(i)
+    def clock():
+        now[0] += step
+        return now[0]
+    monkeypatch.setattr('ressl_fastai.evaluate.progress_bar', Bar)
+    monkeypatch.setattr('ressl_fastai.evaluate.monotonic', clock)
+    for step,n in ((0.01,0), (1.5,1)):
+        make().embed()
+        assert len(shown)==n
+    assert shown[0].comment=='embedding 140 images' and shown[0].at==[0,2,3,4,5]
+    assert 90<shown[0].start_t<100  # it began before it was drawn
+    with (learn := make()).no_bar(): learn.embed()
+    assert len(shown)==1
+
+# what is drawn
+
+def test_titles_do_not_overlap(learn):
+    show_items(learn.dls.train, range(8), ['a class with a very long name indeed', 'Pneumonoultramicroscopic', '$x$', '']*2)
+    plt.gcf().canvas.draw()
+    boxes = [ax.title.get_window_extent() for ax in plt.gcf().axes if ax.get_title()]
+    assert len(boxes)==6 and not any(a.overlaps(b) for i,a in enumerate(boxes) for b in boxes[:i])
+    fig,axs = plt.subplots(1, 2, figsize=(1.6,1))  # control
+    for ax in axs: ax.set_title('a class with a very long name indeed')
+    fig.canvas.draw()
+    a,b = (ax.title.get_window_extent() for ax in axs)
+    assert a.overlaps(b)
+
+def test_a_class_keeps_its_colour(learn):
+    def colors(dl):
+        legend = learn.plot_embeddings('pca', dl=dl).get_legend()
+        return {t.get_text():tuple(h.get_facecolor()[0]) for t,h in zip(legend.get_texts(), legend.legend_handles)}
+    every = colors(learn.dls.valid)
+    y = learn.embed(learn.dls.valid)[1]
+    some = colors(subset(learn.dls.valid, (y>=5).nonzero()[:,0].tolist()))
+    assert len(some)==5 and len(every)==10 and some.items()<=every.items() and len(set(every.values()))==10
+
+def test_many_classes_are_pictures(tmp_path):
+    files = folder(tmp_path)
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%25, valid_pct=0.1, seed=0, bs=8, num_workers=0)
+    ax = make(dls, 3).plot_embeddings('pca')
+    assert ax.get_legend() is None and len(ax.artists)>5

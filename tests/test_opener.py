@@ -9,11 +9,10 @@ from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, D
 from PIL import Image, ImageOps, PngImagePlugin
 from sklearn.datasets import load_sample_images
 
-from ressl_fastai.cli import find_images, folder_dls, image_suffixes
-from ressl_fastai.data import cached_dls, tensor_dls
+from ressl_fastai.data import cached_dls, find_images, folder_dls, image_suffixes, tensor_dls
 from ressl_fastai.evaluate import embed, knn_accuracy
 from ressl_fastai.images import ImageError, PILImage12, PILImage16, channels_last, look_at_files, open_image, set_opener
-from ressl_fastai.interpret import suggest_labels
+import ressl_fastai.curate
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.loaders import clean_dl, first_images
 from ressl_fastai.transfer import load_encoder
@@ -358,11 +357,11 @@ def test_a_table_with_some_labels(tmp_path):
     assert np.isnan(fit(learner(dls(rare), metrics=None)).recorder.values[-1][2])  # no label in validation: a NaN, no reason to stop
 
     few = learn.dls.train.items.iloc[[3,5]]
-    want = suggest_labels(learn, 4, labelled=[3,5])
+    want = learn.suggest_labels(4, labelled=[3,5])
     for labelled in (few, few.name.tolist(), few[['name']].reset_index(drop=True), want.assign(index=[3,5,3,5])):
-        pd.testing.assert_frame_equal(suggest_labels(learn, 4, labelled=labelled), want)
-    with pytest.raises(ValueError, match="'nowhere.png' is not one"): suggest_labels(learn, 4, labelled=['nowhere.png'])
-    with pytest.raises(ValueError, match='column that tells'): suggest_labels(learn, 4, labelled=pd.DataFrame(dict(other=[1])))
+        pd.testing.assert_frame_equal(learn.suggest_labels(4, labelled=labelled), want)
+    with pytest.raises(ValueError, match="'nowhere.png' is not one"): learn.suggest_labels(4, labelled=['nowhere.png'])
+    with pytest.raises(ValueError, match='column that tells'): learn.suggest_labels(4, labelled=pd.DataFrame(dict(other=[1])))
 
 # folders
 

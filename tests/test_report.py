@@ -13,10 +13,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from ressl_fastai import report
-from ressl_fastai.all import accuracy, digits_dls, embed, get_arch, ressl_learner, small_resnet, vision_learner
+from ressl_fastai.all import Learner, accuracy, digits_dls, get_arch, ressl_learner, small_resnet, vision_learner
 from ressl_fastai.transfer import load_encoder
 from ressl_fastai.health import HealthMonitor
-from ressl_fastai.interpret import _pictures, image_relations, plot_embeddings, show_neighbors
+from ressl_fastai.evaluate import embed
+from ressl_fastai.interpret import pictures
+from ressl_fastai.models import Encoder
 from ressl_fastai.report import _few, _item_name, render, template
 
 void = {'meta', 'link', 'img', 'br', 'hr', 'input'}
@@ -141,11 +143,12 @@ def test_nothing_about_the_learner_changes(labelled):
 
 def test_lines_that_load_the_encoder_run(labelled, tmp_path):
     learn,html = labelled
-    code = Page(sections(html)['How to use it']).text('code')[0].replace('fine_tune(10)', 'validate()')
+    code = Page(sections(html)['How to use it']).text('code')[0]
     labelled_dls = ImageDataLoaders.from_df(pd.DataFrame(dict(name=[f'{i}.png' for i in range(40)], label=[str(i%2) for i in range(40)])), learn.path, item_tfms=Resize(8), bs=8, num_workers=0)
     scope = dict(learn=learn, labelled_dls=labelled_dls)
     exec(code, scope)
     assert all(torch.equal(a, b) for a,b in zip(scope['clf'].model[0].parameters(), learn.model.encoder[0].parameters()))
+    assert 0<=scope['clf'].validate()[1]<=1
 
     assert 'learn.save_encoder' in code and 'learn.save_encoder' not in sections(learn.report(tmp_path/'b.html', n=20).read_text())['How to use it']
 
@@ -153,7 +156,7 @@ def test_a_part_keeps_pictures_and_names_together(labelled, unlabelled):
     for learn,_ in (labelled, unlabelled):
         dl,idxs = _few(learn.dls.train, 7)
         assert dl.n==7
-        for i,im in zip(idxs, _pictures(dl, range(7))):
+        for i,im in zip(idxs, pictures(dl, range(7))):
             file = learn.path/_item_name(learn.dls.train, i, learn.path)
             assert torch.equal((im[0]*255).round().byte(), torch.tensor(np.array(Image.open(file))))
 
@@ -199,7 +202,7 @@ def test_in_a_browser(labelled, unlabelled, tmp_path):
     seen,console = look('<img src="data:image/png;base64,AAAA"><p style="width:900px">x<script>nothing.here</script>')
     assert seen['dead']==1 and seen['wide']>390 and console
 
-few = report._what_was_run, report._neighbours, report._outliers, report._how_to_use_it
+few = [o for o in report._sections if o[0] in ('What was run','Neighbours','Outliers','How to use it')]
 
 def failed(html): return {k:o for k,o in sections(html).items() if 'This section failed' in o}
 
@@ -208,8 +211,8 @@ def test_an_error_of_a_section_is_said_there_and_the_page_stands(labelled, error
     learn,_ = labelled
     plt.close('all')  # what other tests have left
     def fail(*args, **kwargs): raise error
-    monkeypatch.setattr('ressl_fastai.report.show_neighbors', lambda *args, **kwargs: fail(plt.figure()))
-    monkeypatch.setattr('ressl_fastai.report.find_outliers', fail)
+    monkeypatch.setattr(Learner, 'show_neighbors', lambda *args, **kwargs: fail(plt.figure()))
+    monkeypatch.setattr(Learner, 'find_outliers', fail)
     monkeypatch.setattr('ressl_fastai.report._sections', few)
     new = learn.report(n=30).read_text(encoding='utf-8')
     assert failed(new).keys()=={'Neighbours','Outliers'} and set(sections(new))-{'Neighbours','Outliers'}=={'What was run','How to use it'} and left_out(new)==set()
@@ -220,7 +223,7 @@ def test_ctrl_c_in_a_section_stops_the_report_and_keeps_the_older_page(labelled,
     monkeypatch.setattr('ressl_fastai.report._sections', few)
     old = learn.report(n=20).read_bytes()
     def fail(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr('ressl_fastai.report.show_neighbors', fail)
+    monkeypatch.setattr(Learner, 'show_neighbors', fail)
     with pytest.raises(KeyboardInterrupt): learn.report(n=20)
     assert (learn.path/'report.html').read_bytes()==old and not list(learn.path.glob('*.part'))
 
@@ -246,35 +249,69 @@ def test_names_are_drawn_letter_by_letter(tmp_path, recwarn):
     assert failed(html)=={} and left_out(html)=={'What to label first'} and [o for o in recwarn if 'Glyph' in str(o.message)]==[]
     assert any('\U0001f431\u732b' in t and 'x$y$' in t for t in Page(html).text('td'))
 
-    legend = plot_embeddings(learn, method='pca').get_legend().get_texts()
+    legend = learn.plot_embeddings(method='pca').get_legend().get_texts()
     plt.gcf().canvas.draw()
     shown = {t.get_text() for t in legend}
     assert len(legend)==8 and {r'\$x_{', r'x\$y\$', ' _c', '<b>&', '\ufffd', 'longlonglonglonglonglon…'} <= shown
     assert all(mpl_text.Text(text=t)._preprocess_math(t)[1] is False for t in shown)
     plt.close('all')
-    show_neighbors(learn, 12)
+    learn.show_neighbors(12)
     plt.gcf().canvas.draw()
     assert max(len(t) for ax in plt.gcf().axes for t in ax.get_title().splitlines())<20
     plt.close('all')
 
 def test_images_are_embedded_once_and_every_section_says_its_seconds(labelled, monkeypatch, recwarn):
-    learn,calls = labelled[0],[]
-    def counted(learn, dl=None, teacher=False, *args, **kwargs):
-        calls.append((dl.n, teacher))
-        return embed(learn, dl, teacher, *args, **kwargs)
-    for nm in ('report','interpret','label_efficiency'): monkeypatch.setattr(f'ressl_fastai.{nm}.embed', counted)
+    learn,counted,forward = labelled[0],[],Encoder.forward
+    def count(self, x):
+        counted.append(len(x))
+        return forward(self, x)
+    next(learn.model.encoder.parameters()).data.add_(1e-5)  # other weights than those of the reports before
+    next(learn.model.teacher.parameters()).data.add_(1e-5)
+    monkeypatch.setattr(Encoder, 'forward', count)
     html = learn.report().read_text(encoding='utf-8')
-    assert sorted(calls)==[(45,False),(45,True),(105,False),(105,True)]
-    assert all(re.search(r'<p class="quiet">\d+\.\d seconds</p>', o) for nm,o in sections(html).items() if nm not in left_out(html))
-    assert '105 training and 45 validation images, spread evenly' in html and not [o for o in recwarn if 'converge' in str(o.message)]
+    assert sum(counted)==2*(45+105)
+    learn.report()
+    assert sum(counted)==2*(45+105)  # a second page embeds nothing
+    seconds = r'<p class="quiet">\d+\.\d seconds</p>'
+    assert all(re.search(seconds, o) for nm,o in sections(html).items() if nm not in left_out(html))
+    assert '105 training and 45 validation images, spread evenly' in html
+    assert not [o for o in recwarn if 'converge' in str(o.message)]
 
 def test_relations_from_features_are_those_of_the_images(labelled):
     learn = labelled[0]
     features = tuple(embed(learn, learn.dls.train, teacher) for teacher in (False,True))
-    a,b,c = (image_relations(learn, 3, features=o) for o in (None, features, features[::-1]))
+    a,b,c = (learn.image_relations(3, features=o) for o in ((None,None), features, features[::-1]))
     for who in ('student','teacher'): torch.testing.assert_close(a[who], b[who], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(a['student'], c['student'], atol=1e-3)   # the two are not the same here
 
 def test_a_page_looks_at_fewer_large_images():
     def n(size): return report._images_for_a_page(DataLoaders(*[TfmdDL([(torch.zeros(3, size, size),)]*3, bs=2)]*2))
     assert [n(o) for o in (32, 96, 192, 500)]==[2000, 2000, 500, 200]
+
+def test_a_section_of_ones_own(labelled, monkeypatch):
+    def mine(learn, seen): return dict(text=f'{seen.dl.n} images', rows=[('a', 1)])
+    monkeypatch.setattr('ressl_fastai.report._sections', [*few[:1], ('Mine', mine)])
+    assert '105 images' in sections(labelled[0].report().read_text())['Mine']
+
+def test_accuracies_stand_beside_raw_pixels_on_axes_from_0_to_1(labelled, monkeypatch):
+    drawn,lines = [],report._lines
+    def spy(title, levels={}, **ys):
+        lines(title, levels, **ys)
+        drawn.append((title, plt.gca().get_ylim(), levels))
+    monkeypatch.setattr('ressl_fastai.report._lines', spy)
+    html = labelled[0].report().read_text()
+    pixels = re.search(r'<th scope="row">raw pixels</th><td>([\d.]+)</td>', sections(html)['Accuracy'])[1]
+    (_,ylim,levels), = [o for o in drawn if o[0]=='knn_accuracy by epoch']
+    assert ylim==(0,1) and f"{levels['raw pixels']:.3f}"==pixels and f'Raw pixels alone reach {pixels}' in html
+    assert all(o[1]!=(0,1) for o in drawn if 'accuracy' not in o[0])  # control
+
+def test_an_accuracy_that_falls_with_the_loss_is_said():
+    def said(knn, loss=(3.,2.,1.)): return report._spoilt(pd.DataFrame(dict(train_loss=loss, valid_loss=1., knn_accuracy=knn)))
+    text, = said([0.5,0.7,0.6])
+    assert 'fell from 0.700 in epoch 2 to 0.600' in text and 'milder colour' in text
+    assert said([0.5,0.6,0.7])==said([0.5,0.7,0.69])==said([float('nan')]*3)==said([0.5,0.7,0.6], (3.,1.,2.))==[]
+
+def test_the_words_say_what_is_good(labelled):
+    health = sections(labelled[1])['Health']
+    assert set(re.findall(r'<th scope="row">(\w+)</th>', health))==set(HealthMonitor.names)
+    assert 'It falls in good runs' in health

@@ -176,3 +176,28 @@ def test_other_mistakes(learn):
     with pytest.raises(ValueError, match='pretrained with Normalize'): learn.to_classifier(other)
     with pytest.raises(TypeError, match='n_out'): learn.to_classifier(few(), n_out=3)
     with pytest.raises(ValueError, match='only a ressl_learner'): learn.to_classifier(few()).to_classifier(few())
+
+
+def test_a_path_to_an_encoder_file_is_taken_as_it_is_given(tmp_path, monkeypatch):
+    "`models/models/encoder.pth` is not looked for where `models/encoder.pth` is there"
+    monkeypatch.chdir(tmp_path)
+    learn,other = (make(digits_dls(size=8), small_resnet, queue_size=32) for _ in range(2))
+    for o in (learn,other): o.path = tmp_path
+    def same(): return all(torch.equal(a, b) for a,b in zip(learn.model.encoder.parameters(), other.model.encoder.parameters()))
+    learn.save_encoder('encoder')
+    for file in ('encoder', 'models/encoder', 'models/encoder.pth', tmp_path/'models'/'encoder'):
+        with torch.no_grad(): next(other.model.encoder.parameters()).add_(1)
+        assert not same()                                    # control
+        other.load_encoder(file)
+        assert same(), file
+    other.save_encoder(tmp_path/'encoder')                  # a name alone is that in `models`, whatever lies beside it
+    with torch.no_grad(): next(learn.model.encoder.parameters()).add_(1)
+    learn.save_encoder(tmp_path/'encoder')
+    assert not same()
+    learn.load_encoder('encoder')
+    assert same()
+    (tmp_path/'models'/'runs').mkdir()
+    learn.save_encoder('runs/encoder')
+    assert (tmp_path/'models'/'runs'/'encoder.pth').exists() and not (tmp_path/'runs').exists()
+    other.load_encoder('runs/encoder')                     # and a folder within `models` goes on to be found
+    with pytest.raises(FileNotFoundError, match='models/nowhere/encoder.pth'): learn.load_encoder('nowhere/encoder')

@@ -1,0 +1,136 @@
+"""Views of `size` from images of another: `ressl_learner(dls, arch, size=...)`, and what all that follows sees."""
+from functools import partial
+
+import pytest, torch
+import torch.nn.functional as F
+from fastai.vision.all import accuracy, load_learner, resnet18
+from torch import nn, Tensor
+
+from ressl_fastai.data import tensor_dls
+from ressl_fastai.evaluate import embed
+from ressl_fastai.learner import ressl_learner
+from ressl_fastai.loaders import ResizeBatch, set_size
+from ressl_fastai.models import small_resnet
+from ressl_fastai.transfer import encoder_learner, load_encoder
+from ressl_fastai.views import RandomView
+
+arch = partial(small_resnet, widen=0.125)
+
+def images(n=48, size=(24,40)):
+    "Smooth pictures, so that resizing leaves something of them"
+    x = F.interpolate(torch.rand(n, 3, 4, 5, generator=torch.Generator().manual_seed(0)), size, mode='bilinear')
+    return (x*255).byte(),(torch.arange(n)%3).numpy()
+
+def make_dls(**kw):
+    x,y = images(**kw)
+    return tensor_dls(x, y, valid_pct=0.25, seed=0, bs=8)
+
+def make(dls=None, size=12, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    kw = {**dict(queue_size=16, n_hidden=16, dim=8), **kwargs}
+    return ressl_learner(make_dls() if dls is None else dls, arch, size=size, **kw)
+
+def quietly(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn
+
+def small(x, size=(12,12)): return F.interpolate(x.as_subclass(Tensor), size, mode='bilinear', antialias=True)
+
+def normalised_batch(learn): return learn.dls.valid.one_batch()[0].as_subclass(Tensor)
+
+def test_views_are_cut_from_the_whole_image_at_its_full_size():
+    "Control: of images that were shrunk first, a small crop is a blur"
+    learn = make(weak_tfms=None)
+    assert learn.ressl.weak_tfms.size==(12,12) and learn.ressl.strong_tfms.size==(12,12)
+    seen = []
+    class Look(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return learn_view(x)
+    learn_view,learn.ressl.weak_tfms = learn.ressl.weak_tfms,Look()
+    quietly(learn)
+    assert {tuple(x.shape[2:]) for x in seen}=={(24,40)}
+    stripes = (torch.arange(40)//2%2).float().expand(4, 3, 24, 40)  # 4 pixels to a period
+    crop = RandomView(12, scale=(0.0750,0.0751), ratio=(1,1), flip_p=0)  # 8.5 pixels to 12
+    torch.manual_seed(0)
+    sharp = crop(stripes)
+    blurred = crop(small(stripes))
+    assert sharp.std()>0.3 and blurred.std()<0.1
+
+def test_the_stem_is_that_of_the_views():
+    big = make_dls(size=(96,96))
+    stems = {size: ressl_learner(big, resnet18, size=size, queue_size=16, n_hidden=16, dim=8).model.encoder.stem
+             for size in (32,64,None)}
+    assert stems=={32:'small', 64:'small_pool', None:'standard'}
+
+def test_training_sees_views_and_evaluation_whole_images_at_their_size():
+    learn = quietly(make())
+    net,x = learn.model.eval(),normalised_batch(learn)
+    want = net.encode(small(x))
+    assert x.shape[2:]==(24,40)
+    torch.testing.assert_close(net.encode(x), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embed(learn)[0][:len(x)], want, rtol=0, atol=1e-5)
+    teacher = net.teacher[0](small(x))
+    torch.testing.assert_close(embed(learn, teacher=True)[0][:len(x)], teacher, rtol=0, atol=1e-5)
+    net.view_size = None
+    assert (net.encode(x)-want).abs().max()>1e-3  # control: as the images are
+
+def test_validation_compares_images_at_the_size_of_the_views():
+    learn = quietly(make(metrics=[]))
+    with learn.no_bar(): loss = learn.validate()[0]
+    shrunk = make(make_dls(), metrics=[])
+    set_size(shrunk.dls, (12,12))
+    shrunk.model.load_state_dict(learn.model.state_dict())
+    shrunk.model.view_size = None
+    with shrunk.no_bar():
+        assert shrunk.validate()[0]==pytest.approx(loss, abs=1e-5)
+        learn.model.view_size = None
+        assert abs(learn.validate()[0]-loss)>1e-4  # control
+
+def test_what_is_taken_away_knows_the_size(tmp_path):
+    learn = quietly(make(path=tmp_path))
+    want = embed(learn)[0]
+    learn.export('all.pkl')
+    away = load_learner(tmp_path/'all.pkl')
+    image = learn.dls.valid_ds[0][0]
+    torch.testing.assert_close(away.predict(image)[0], learn.predict(image)[0], rtol=0, atol=1e-5)
+    file = learn.save_encoder('enc')
+    later = encoder_learner(file, make_dls(), arch)
+    assert later.model.view_size==(12,12)
+    torch.testing.assert_close(embed(later)[0], want, rtol=0, atol=1e-5)
+    enc = load_encoder(make().model.encoder, file)
+    assert enc.view_size==(12,12)
+    old = torch.load(file, weights_only=True)
+    assert old['view_size']==(12,12)
+
+def test_a_classifier_sees_that_size_or_the_one_asked_for():
+    learn = quietly(make())
+    clf = learn.to_classifier(make_dls(), metrics=accuracy)
+    assert clf.dls.one_batch()[0].shape[2:]==(12,12)
+    features = nn.Sequential(clf.model[0], clf.model[1][:2]).eval()(normalised_batch(clf))
+    torch.testing.assert_close(features, embed(learn, learn.dls.valid)[0][:len(features)], rtol=0, atol=1e-5)
+    for make_clf in (learn.to_classifier, learn.to_vision_learner):
+        assert make_clf(make_dls(), size=(20,16)).dls.one_batch()[0].shape[2:]==(20,16)
+    plain = make(size=None)
+    assert plain.to_vision_learner(make_dls(size=(32,32))).dls.one_batch()[0].shape[2:]==(32,32)
+
+def test_learners_with_one_dls_keep_their_sizes():
+    dls = make_dls()
+    a,b = make(dls, 12),make(dls, 16)
+    assert (a.model.view_size,b.model.view_size)==((12,12),(16,16))
+    assert not [f for f in dls.valid.after_batch.fs if isinstance(f, ResizeBatch)]
+
+def test_other_dls_keep_a_size_that_was_given():
+    learn = quietly(make())
+    learn.dls = make_dls(size=(48,48))
+    assert learn.ressl.weak_tfms.size==(12,12) and learn.model.view_size==(12,12)
+    grows = make(size=None)
+    grows.dls = make_dls(size=(48,80))
+    assert grows.ressl.weak_tfms.size==(48,80)
+
+@pytest.mark.parametrize('size', [0, -3, 1.5, 'a', (3,), (3,4,5), (0,4), None])
+def test_a_size_that_is_none_is_refused_by_name(size):
+    if size is None: return make(size=None)
+    with pytest.raises(ValueError, match='size must be a whole number of pixels'): make(size=size)
+    with pytest.raises(ValueError, match='size must be a whole number of pixels'):
+        make().to_classifier(make_dls(), size=size)
