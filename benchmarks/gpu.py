@@ -486,7 +486,7 @@ def run_tour(say):
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     from fastai.vision.all import ImageDataLoaders, Resize, accuracy, load_learner, vision_learner
-    from ressl_fastai.all import cached_dls, linear_probe
+    from ressl_fastai.all import cached_dls
     from ressl_fastai.transfer import load_encoder
     from ressl_fastai.learner import ressl_learner
     with tempfile.TemporaryDirectory() as tmp:
@@ -501,7 +501,7 @@ def run_tour(say):
         do('two epochs', lambda: (learn.fit_one_cycle(2, 1e-3), list(learn.recorder.values[-1]))[1])
         do('ten steps of a folder', lambda: where_it_waits(learn, 3) if CUDA else None)
         do('cached', lambda: (fast := cached_dls(dls), ressl_learner(fast, arch, path=tmp).fit_one_cycle(1, 1e-3), repr(fast.train))[2])
-        do('validate', learn.validate); do('embed', lambda: learn.embed(learn.dls.valid)[0].shape); do('linear_probe', lambda: linear_probe(learn))
+        do('validate', learn.validate); do('embed', lambda: learn.embed(learn.dls.valid)[0].shape); do('linear_probe', lambda: learn.linear_probe())
         do('show_neighbors', lambda: learn.show_neighbors()); do('find_duplicates', lambda: len(learn.find_duplicates())); do('find_outliers', lambda: len(learn.find_outliers()))
         do('suggest_labels', lambda: learn.suggest_labels(6)); do('plot_embeddings', lambda: learn.plot_embeddings())
         do('save, load', lambda: (learn.save('m'), learn.load('m'))[0]); do('save_encoder', lambda: learn.save_encoder('enc'))

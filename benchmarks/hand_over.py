@@ -42,7 +42,7 @@ from sklearn.metrics import recall_score
 
 from common import emoji, receipt
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import embed, fit_logistic, linear_probe, pixel_features
+from ressl_fastai.evaluate import embed, fit_logistic, pixel_features
 from ressl_fastai.label_efficiency import NoValidation, draw_labels, labelled_part
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
@@ -206,7 +206,7 @@ def main(
                     set_seed(seed)
                     if row=='probe':
                         part = labelled_part(task.dls, idxs)
-                        top1 = linear_probe(task.student, part.train, part.valid)['top1']
+                        top1 = task.student.linear_probe(part.train, part.valid)['top1']
                         accuracy.setdefault(row, {})[n] = round(top1, 4)
                         continue
                     pred = task.predict(row, idxs, took)

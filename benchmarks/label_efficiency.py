@@ -17,7 +17,7 @@ from fastcore.script import call_parse
 
 from common import emoji, fashion_mnist, receipt
 from ressl_fastai.evaluate import embed, knn_accuracy, pixel_features
-from ressl_fastai.label_efficiency import label_efficiency, label_rows
+from ressl_fastai.label_efficiency import label_rows
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.transfer import encoder_learner
 from ressl_fastai.models import small_resnet
@@ -85,7 +85,7 @@ def main(
             random_learn,start = encoder_learner(file, dls, trained=False),time.time()
             feats = {'pretrained':lambda dl: embed(learn, dl), 'random encoder':lambda dl: embed(random_learn, dl), 'raw pixels':pixel_features}
             full = {k:quality(f(dls.train), f(dls.valid)) for k,f in feats.items()}
-            few = label_efficiency(learn, dls, labels, seeds=(seed,), rows=rows, n_steps=steps)
+            few = learn.label_efficiency(dls, labels, seeds=(seed,), rows=rows, n_steps=steps)
             tables = {c: few.pivot(index='labels', columns='row', values=c).to_dict() for c in ('accuracy','balanced_accuracy')}
             receipt('label_efficiency', seed, data=data, task=nm, n_pretrain=len(x), n_train=len(tx), n_test=len(vx), settings=settings[data], steps=steps,
                     pretrain_seconds=seconds[0], pretrain_cpu_seconds=seconds[1], seconds=round(time.time()-start), all_labels=rounded(full), **rounded(tables))

@@ -343,7 +343,7 @@ def few_labels_section(learn, seen):
                 res.append(dict(row=row, labels=n, accuracy=score))
     return dict(figures=[_figure(plot_labels, 'accuracy by labels per class', DataFrame(res))],
                 text="Accuracy of a linear classifier that has few labels, with 95 % intervals over three draws. "
-                     "label_efficiency(learn, dls) compares fine-tuning and training from scratch too.")
+                     "learn.label_efficiency(dls) compares fine-tuning and training from scratch too.")
 
 # %% ../nbs/11b_report.ipynb #rp30see
 def _enough(seen, n):

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.evaluate import embed, fit_logistic
-from ressl_fastai.label_efficiency import _fresh, label_efficiency
+from ressl_fastai.label_efficiency import _fresh
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import Encoder, create_encoder, small_resnet
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_drawn_anew_is_said_before_anything_is_trained(monkeypatc
     monkeypatch.setattr('ressl_fastai.label_efficiency._predictor', lambda *args: pytest.fail('trained'))
     wrong = 'arch must make the network'
     for arch,why in ((token,'Token cannot be drawn anew'), (None,wrong), (net,wrong)):
-        with pytest.raises(ValueError, match=why): label_efficiency(learn, image_dls(), (1,), seeds=1, arch=arch)
+        with pytest.raises(ValueError, match=why): learn.label_efficiency(image_dls(), (1,), seeds=1, arch=arch)
     x = torch.rand(2, 3, 16, 16)
     fresh = _fresh(learn, Token, 0)  # the function that makes it will do
     assert not close(features(learn.model.encoder, x), features(fresh.model.encoder, x))

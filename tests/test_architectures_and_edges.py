@@ -9,10 +9,10 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import KNNAccuracy, embed, fit_logistic, knn_accuracy, linear_accuracy, linear_probe
+from ressl_fastai.evaluate import KNNAccuracy, embed, fit_logistic, knn_accuracy, linear_accuracy
 from ressl_fastai.health import HealthMonitor, effective_rank
 import ressl_fastai.curate
-from ressl_fastai.label_efficiency import _fresh, label_efficiency
+from ressl_fastai.label_efficiency import _fresh
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.views import multi_crop_tfms
@@ -197,9 +197,9 @@ def test_a_module_whose_weights_cannot_be_drawn_is_refused_before_anything_is_tr
         def forward(self, x): return self.net(x)*self.scale
     own = Scaled()
     learn = make(arch=own)
-    with pytest.raises(ValueError, match=r'Scaled cannot be drawn anew: give that class a reset_parameters\(\)'): label_efficiency(learn, learn.dls, (1,), seeds=1, rows=('fine-tuned','random encoder'), arch=own)
+    with pytest.raises(ValueError, match=r'Scaled cannot be drawn anew: give that class a reset_parameters\(\)'): learn.label_efficiency(learn.dls, (1,), seeds=1, rows=('fine-tuned','random encoder'), arch=own)
     Scaled.reset_parameters = lambda self: nn.init.ones_(self.scale)                                # the remedy
-    df = label_efficiency(learn, learn.dls, (1,), seeds=1, rows=('random encoder',), arch=own)
+    df = learn.label_efficiency(learn.dls, (1,), seeds=1, rows=('random encoder',), arch=own)
     assert len(df)==1 and 0<=df.accuracy[0]<=1
 
 # many classes
@@ -222,11 +222,11 @@ def test_nothing_held_out(folder, tmp_path, one):
     assert embed(learn, learn.dls.train)[0].shape==(dls.train.n, 64)
     if not one: assert 'no validation images' in learn.report().read_text()
     before = state(learn)
-    for f in (embed, linear_probe):
+    for f in (embed, type(learn).linear_probe):
         with pytest.raises(ValueError, match='the validation set is empty'): f(learn)
     for cbs in (HealthMonitor(), EarlyStoppingCallback(patience=2), SaveModelCallback()):
         with pytest.raises(ValueError, match='valid'): fit(learn, cbs=cbs)
-    with pytest.raises(ValueError, match='empty'): label_efficiency(learn, learn.dls, (1,), seeds=1)
+    with pytest.raises(ValueError, match='empty'): learn.label_efficiency(learn.dls, (1,), seeds=1)
     assert same_state(before, state(learn))
     assert fit(learn, cbs=EarlyStoppingCallback(monitor='train_loss')).recorder.values               # the remedy
 
@@ -240,7 +240,7 @@ def test_one_image(folder):
 def test_one_class():
     x,_ = some_images()
     learn = make(tensor_dls(x, np.zeros(16, dtype=int), valid_pct=0.25, bs=4))
-    with pytest.raises(ValueError, match='two classes'): linear_probe(learn)
+    with pytest.raises(ValueError, match='two classes'): learn.linear_probe()
     assert knn_accuracy(*embed(learn, learn.dls.train), *embed(learn))==1
 
 @pytest.mark.parametrize('method', ['tsne','pca'])

@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from ressl_fastai.data import digits_dls
-from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy, linear_probe
+from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy
 from ressl_fastai.label_efficiency import labelled_part
 from test_training import fit, make
 
@@ -159,7 +159,7 @@ def test_linear_probe_is_on_clean_images_of_any_dataloader():
     part = learn.dls.train.new(get_idxs=lambda: list(range(0, 200, 3)))
     for kw in (dict(teacher=True), dict(projected=True)):
         (x,y),valid = embed(learn, learn.dls.train, **kw),embed(learn, **kw)
-        assert linear_probe(learn, part, **kw)==linear_accuracy(x[::3], y[::3], *valid)
+        assert learn.linear_probe(part, **kw)==linear_accuracy(x[::3], y[::3], *valid)
 
 def test_embed_sees_clean_images_in_the_order_of_the_items():
     "Against the encoder applied to the stored pixels, normalised by hand; control: what the loader itself gives is augmented and shuffled"
@@ -194,12 +194,12 @@ def other_dls(block, get_y):
 @pytest.mark.parametrize('block,get_y', [(MultiCategoryBlock, lambda i: ['a','b'] if i%2 else ['b']), (RegressionBlock, lambda i: i+0.5)], ids=['multi-label','regression'])
 def test_other_targets_are_refused_in_words(block, get_y):
     learn = make(other_dls(block(), get_y), queue_size=16)
-    with pytest.raises(ValueError, match='train_y must hold one category per image'): linear_probe(learn)
+    with pytest.raises(ValueError, match='train_y must hold one category per image'): learn.linear_probe()
     learn.metrics = KNNAccuracy()
     with pytest.raises(ValueError, match="the validation set's targets must hold one category per image"), learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 def test_impossible_arguments_raise():
     learn = few()
-    for f,kw,nm in ((KNNAccuracy,dict(every=0),'every'), (KNNAccuracy,dict(bank=0),'bank'), (KNNAccuracy,dict(k=0),'k'), (linear_probe,dict(learn=learn, lr=0, protocol='step'),'lr'),
-                    (linear_probe,dict(learn=learn, n_epoch=0),'n_epoch'), (linear_probe,dict(learn=learn, protocol='sgd'),'protocol')):
+    for f,kw,nm in ((KNNAccuracy,dict(every=0),'every'), (KNNAccuracy,dict(bank=0),'bank'), (KNNAccuracy,dict(k=0),'k'), (learn.linear_probe,dict(lr=0, protocol='step'),'lr'),
+                    (learn.linear_probe,dict(n_epoch=0),'n_epoch'), (learn.linear_probe,dict(protocol='sgd'),'protocol')):
         with pytest.raises(ValueError, match=f'{nm} must be'): f(**kw)

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 
 import ressl_fastai.report
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import KNNAccuracy, embed, linear_probe
+from ressl_fastai.evaluate import KNNAccuracy, embed
 import ressl_fastai.curate
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
@@ -201,7 +201,7 @@ def test_no_validation_set(tmp_path):
     for dls in (alone, DataLoaders(labelled.train, empty)):
         learn = make(dls, tmp_path, metrics=None)
         assert learn.recorder.values[-1][1:]==[None,None] and len(embed(learn, learn.dls.train)[0])==13
-        for f in (lambda: embed(learn), lambda: linear_probe(learn)):
+        for f in (lambda: embed(learn), lambda: learn.linear_probe()):
             with pytest.raises(ValueError, match='the validation set is empty'): f()
         for cb in (EarlyStoppingCallback(), SaveModelCallback('knn_accuracy')):
             with pytest.raises(ValueError, match='needs validation images'): learn.fit(1, cbs=cb)

@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
-from ressl_fastai.label_efficiency import (draw_labels, label_efficiency, label_rows, labelled_part, plot_labels,
+from ressl_fastai.label_efficiency import (draw_labels, label_rows, labelled_part, plot_labels,
                                            summarize_labels)
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.loaders import clean_dl
@@ -78,7 +78,7 @@ def body_of(model): return {k:v for k,v in model[0].state_dict().items()}
 @pytest.mark.parametrize('teacher', [False, True])
 def test_fine_tuned_and_scratch_differ_only_in_where_they_start(fits, teacher):
     learn = pretrained()
-    df = label_efficiency(learn, learn.dls, (2,7), seeds=2, rows=('fine-tuned','from scratch'), n_steps=10, lr=0.01,
+    df = learn.label_efficiency(learn.dls, (2,7), seeds=2, rows=('fine-tuned','from scratch'), n_steps=10, lr=0.01,
                           arch=arch, teacher=teacher)
     tuned,scratch = fits[:4],fits[4:]
     assert len(scratch)==4 and df.n_labels.tolist()==[20,70]*4
@@ -95,7 +95,7 @@ def test_fine_tuned_and_scratch_differ_only_in_where_they_start(fits, teacher):
 
 def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
     learn = pretrained()
-    df = label_efficiency(learn, learn.dls, 1, seeds=2, rows=('frozen features','raw pixels'))
+    df = learn.label_efficiency(learn.dls, 1, seeds=2, rows=('frozen features','raw pixels'))
     (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
     def pixels(dl): return torch.cat([b[0].flatten(1) for b in clean_dl(dl)]).as_subclass(torch.Tensor)
     def by_hand(x, valid_x, seed, scale_by_all):
@@ -113,17 +113,17 @@ def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
 
 def test_random_encoder_is_the_untrained_network():
     learn = pretrained(2)
-    df = label_efficiency(learn, learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
+    df = learn.label_efficiency(learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
     untrained = few()
     random.seed(0); np.random.seed(0); torch.manual_seed(0)
     untrained.model.encoder.load_state_dict(create_encoder(arch, 1, size=8).state_dict())
-    want = label_efficiency(untrained, untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]
+    want = untrained.label_efficiency(untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]
     assert df.accuracy[1]==want!=df.accuracy[0]
 
 def test_training_learns_and_nothing_else_changes():
     learn = pretrained()
     before,rng = state(learn),torch.get_rng_state()
-    a,b = (label_efficiency(learn, learn.dls, 10, seeds=1, rows=label_rows, n_steps=25, lr=0.02, arch=arch)
+    a,b = (learn.label_efficiency(learn.dls, 10, seeds=1, rows=label_rows, n_steps=25, lr=0.02, arch=arch)
            for _ in range(2))
     pd.testing.assert_frame_equal(a, b)                           # fixed by its seeds
     assert same(before, state(learn)) and torch.equal(rng, torch.get_rng_state())
@@ -138,7 +138,7 @@ def test_imagenet_row_asks_the_library_for_weights(monkeypatch):
         return resnet18()
     monkeypatch.setitem(model_meta, resnet, model_meta[resnet18])
     learn = make(digits_dls(16, bs=16), resnet18, queue_size=16)
-    df = label_efficiency(learn, learn.dls, 1, seeds=1, rows=('ImageNet',), n_steps=1, arch=resnet)
+    df = learn.label_efficiency(learn.dls, 1, seeds=1, rows=('ImageNet',), n_steps=1, arch=resnet)
     assert len(df)==1 and asked==[model_meta[resnet18]['weights']]
 
 # mistakes
@@ -149,13 +149,13 @@ def test_imagenet_row_asks_the_library_for_weights(monkeypatch):
     (dict(rows=('random encoder',), arch=small_resnet),'arch must make')])
 def test_mistakes_are_told_before_training(fits, kw, msg):
     learn = make()
-    with pytest.raises(ValueError, match=msg): label_efficiency(learn, learn.dls, **{'labels_per_class':(1,), **kw})
+    with pytest.raises(ValueError, match=msg): learn.label_efficiency(learn.dls, **{'labels_per_class':(1,), **kw})
     assert fits==[]
 
 def test_another_normalisation_is_refused():
     learn = make()
     other = digits_dls(8, batch_tfms=Normalize.from_stats([0.9], [0.1], cuda=False))
-    with pytest.raises(ValueError, match='[Nn]ormalize'): label_efficiency(learn, other, 1)
+    with pytest.raises(ValueError, match='[Nn]ormalize'): learn.label_efficiency(other, 1)
     with pytest.raises(ValueError, match='[Nn]ormalize'): embed(learn, other.valid)
     with pytest.raises(ValueError, match='[Nn]ormalize'):
         embed(learn, digits_dls(8).valid)  # none at all: features would be wrong, silently

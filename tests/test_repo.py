@@ -176,3 +176,22 @@ def test_what_can_go_wrong_names_tests_that_exist():
 
     assert named_tests('`test_a::test_b`, `test_c`') - existing_tests({'test_a': 'def test_c(): ...'}) == {'test_a::test_b'}
     assert unspoken_defects('D1, D3 (D12)', n=3) == ['D2']
+
+
+def star(module):
+    "What `from module import *` brings of this package, beside fastai's"
+    names = {}
+    exec(f'from {module} import *', names)
+    theirs = {}
+    exec('from fastai.vision.all import *', theirs)
+    return {k for k,v in names.items() if k not in theirs and getattr(v, '__module__', lib).startswith(lib)} - {'__builtins__'}
+
+def test_the_star_brings_what_users_call_and_no_more():
+    names = star(f'{lib}.all')
+    assert {'ressl_learner','ReSSL','Checkpoint','HealthMonitor','cached_dls','recipe','encoder_learner'} <= names
+    assert names & {'hold','render','template','versions','entropy','nearest','scheduled','send','spread','digest'} == set()
+    shown = {nm.split('.')[0] for m in sources for nm,_ in public_symbols(importlib.import_module(f'{lib}.{m}'))}
+    values = {'batch_norms','label_rows','precisions','recipes','stems', lib}
+    assert names - shown - values == set()  # each has an entry in the docs
+
+    assert 'hold' in star(f'{lib}.files')  # control: a module's own star has what others need

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from ressl_fastai.data import digits_dls, tensor_dls
-from ressl_fastai.evaluate import embed, fit_logistic, linear_probe
-from ressl_fastai.label_efficiency import draw_labels, label_efficiency, labelled_part
+from ressl_fastai.evaluate import embed, fit_logistic
+from ressl_fastai.label_efficiency import draw_labels, labelled_part
 from ressl_fastai.models import ReSSLModel, small_resnet
 from ressl_fastai.transfer import encoder_learner
 from test_training import fit, make, same, state
@@ -74,10 +74,10 @@ def test_one_label_per_class_has_nothing_to_choose_a_penalty_with(learn):
 
 def test_one_accuracy_for_one_encoder(learn):
     dls = digits_dls(8, bs=64)
-    row = label_efficiency(learn, dls, 5, seeds=(3,), rows=('frozen features',)).iloc[0]
+    row = learn.label_efficiency(dls, 5, seeds=(3,), rows=('frozen features',)).iloc[0]
     part = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=3))
     got = learn.to_classifier(part, metrics=accuracy).validate()[1]
-    assert got==pytest.approx(linear_probe(learn, part.train, part.valid)['top1'])==pytest.approx(row.accuracy)
+    assert got==pytest.approx(learn.linear_probe(part.train, part.valid)['top1'])==pytest.approx(row.accuracy)
     other = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=4))
     assert got!=pytest.approx(learn.to_classifier(other, metrics=accuracy).validate()[1])  # control
 
