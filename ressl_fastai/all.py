@@ -20,6 +20,7 @@ from ressl_fastai.optimizer import *
 from ressl_fastai.precision import *
 from ressl_fastai.recipes import *
 from ressl_fastai.report import *
+from ressl_fastai.signs import *
 from ressl_fastai.teacher import *
 from ressl_fastai.transfer import *
 from ressl_fastai.views import *
