@@ -1,11 +1,13 @@
 """Use what the encoder has learned before there are labels: find duplicates, outliers and clusters, and what to label first.
 
-`learn.find_duplicates()` and `learn.find_outliers()` clean a data set, `learn.find_clusters()` sorts it into groups to which
-a person can give names, and `learn.suggest_labels()` says which images to label first (TypiClust, 2202.02794).
+`learn.find_duplicates()` and `learn.find_outliers()` clean a data set, `learn.find_clusters()` sorts it into groups
+to which a person can give names, and `learn.suggest_labels()` says which images to label first (TypiClust,
+2202.02794).
 
 They take the same arguments as the looks of `interpret`: the training set unless `dl` says otherwise, features of
-`learn.embed()`. What they return are data frames with the position of an image in `dl` (`index`) and its item there (`path`:
-a file, or whatever `dl` was made from; rows of a data frame keep their own columns). `show_items` draws such a list.
+`learn.embed()`. What they return are data frames with the position of an image in `dl` (`index`) and its item there
+(`path`: a file, or whatever `dl` was made from; rows of a data frame keep their own columns). `show_items` draws such
+a list.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/curate.html.md"""
 

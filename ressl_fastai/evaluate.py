@@ -1,12 +1,14 @@
 """How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 
-`learn.embed()` gives the features of a data set's images as validation sees them, and keeps them: whatever looks at the
-same images with the same weights does not compute them again. `knn_accuracy` classifies by cosine nearest neighbours, and
-`KNNAccuracy` puts that into fastai's progress table. `linear_probe` trains a linear classifier on frozen features:
-logistic regression with its penalty chosen by cross-validation, or the papers' two SGD protocols. The features are those
-before the projector unless asked for otherwise. `pixel_features` gives the raw pixels that an encoder must beat.
+`learn.embed()` gives the features of a data set's images as validation sees them, and keeps them: whatever looks at
+the same images with the same weights does not compute them again. `knn_accuracy` classifies by cosine nearest
+neighbours, and `KNNAccuracy` puts that into fastai's progress table. `linear_probe` trains a linear classifier on
+frozen features: logistic regression with its penalty chosen by cross-validation, or the papers' two SGD protocols.
+The features are those before the projector unless asked for otherwise. `pixel_features` gives the raw pixels that an
+encoder must beat.
 
-kNN and linear accuracy are for one category per image; other targets are refused, since an accuracy would mean nothing for them.
+kNN and linear accuracy are for one category per image; other targets are refused, since an accuracy would mean
+nothing for them.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/evaluate.html.md"""
 

@@ -149,7 +149,7 @@ def _copy(to, of):
     if to: torch._foreach_copy_(to, of)
 
 class Guard(Callback):
-    "Stops a training that has gone wrong (NaN, collapse, weights that explode, a dead or stale queue) and says what to try"
+    "Stops a training that has gone wrong (NaN, collapse, exploding weights, a dead queue) and says what to try"
     order,run_valid,remove_on_fetch = GradientAccumulation.order-1,False,True  # sees the loss of every part of a batch
     def __init__(self,
         action:str='stop', # 'stop' ends the fit and leaves the learner usable; 'warn' says each thing once and goes on
@@ -297,10 +297,12 @@ good_values = dict(  # of the measures of `HealthMonitor`: what each is, and wha
 # %% ../nbs/23_health.ipynb #h29mon
 class HealthMonitor(Callback):
     "Adds measures of health to the progress table, once an epoch, and draws them"
-    order,remove_on_fetch = Recorder.order+1,True  # after the columns are named and the row is made, before anything reads them
-    names = ('teacher_entropy','effective_neighbors','student_teacher_kl','feature_std','effective_rank','queue_age','queue_freshness','teacher_distance')
+    # after the columns are named and the row is made, before anything reads them
+    order,remove_on_fetch = Recorder.order+1,True
+    names = ('teacher_entropy','effective_neighbors','student_teacher_kl','feature_std','effective_rank','queue_age',
+             'queue_freshness','teacher_distance')
     def __init__(self,
-        columns=None, # Names of the columns in the progress table; default: all of `names`. `history` and `plot` have all in any case
+        columns=None, # Names of the columns in the progress table; default: all of `names`, as in `history` and `plot`
         n:int=1024 # Validation images looked at, at most
     ):
         columns = L(columns) if columns else L(self.names)
@@ -313,21 +315,25 @@ class HealthMonitor(Callback):
     def before_fit(self):
         "Its columns come after the metrics; `lr_find`, `validate` and `get_preds` measure nothing"
         self.active,self.new_fit,self.images = False,True,None
-        self.wanted = hasattr(self.learn, 'ressl') and hasattr(self.learn, 'recorder') and not hasattr(self.learn, 'lr_finder')
+        there = hasattr(self.learn, 'ressl') and hasattr(self.learn, 'recorder')
+        self.wanted = there and not hasattr(self.learn, 'lr_finder')
         if self.wanted and self.learn.dls.valid.n==0:
             raise ValueError(
                 "HealthMonitor measures on validation images, dls holds none out: split some off, or leave it out")
-        if self.wanted: self.recorder.metric_names = _insert(self.recorder.metric_names, self.columns, self.recorder.add_time)
+        if not self.wanted: return
+        self.recorder.metric_names = _insert(self.recorder.metric_names, self.columns, self.recorder.add_time)
 
     def before_train(self):
         if not self.wanted: return
         if self.new_fit: self.history,self.joined,self.new_fit = [],[],False
-        if self.images is None: self.images = _few_images(self.learn)  # not in `new_fit`: `Checkpoint` goes on in a fit that is none
+        # not in `new_fit`: `Checkpoint` goes on in a fit that is none
+        if self.images is None: self.images = _few_images(self.learn)
         self.active,self.students,self.teachers,self.earlier,self.pending = True,[],[],None,0
 
     def before_batch(self):
         "What the teacher makes of a few images when what will be oldest at the end of the epoch joins the queue"
-        if self.active and self.training and self.earlier is None and self.iter>=self.n_iter-get_model(self.learn.model).queue.size/self.learn.dl.bs:
+        if not (self.active and self.training and self.earlier is None): return
+        if self.iter>=self.n_iter-get_model(self.learn.model).queue.size/self.learn.dl.bs:
             self.earlier = _teach(get_model(self.learn.model).teacher, self.images)
 
     def after_loss(self):
@@ -361,7 +367,8 @@ def _insert(names, columns, time): return L(names[:len(names)-time]) + columns +
 def _few_images(learn):
     "The first batch of the validation set; leaves the random state as it is"
     with no_random(): b = first(clean_dl(learn.dls.valid))
-    return None if b is None else to_device(b[0] if isinstance(b, (tuple,list)) else b, next(learn.model.parameters()).device)
+    if b is None: return None
+    return to_device(b[0] if isinstance(b, (tuple,list)) else b, next(learn.model.parameters()).device)
 
 @torch.no_grad()
 def _teach(teacher, x):
@@ -385,8 +392,10 @@ def _measure(self:HealthMonitor) -> dict: # One number for each of `names`
     zs,zt = torch.cat(self.students)[:self.n],torch.cat(self.teachers)[:self.n]
     ents = torch.cat([entropy(relation(z, queue, temp)) for z in zt.split(64)])
     kl = ressl_loss(zs, zt, queue, ressl.student_temp, temp) - ents.mean()
-    fresh = math.nan if self.earlier is None else F.cosine_similarity(self.earlier, _teach(net.teacher, self.images)).mean()
-    vals = ents.mean(),ents.exp().mean(),kl,feature_std(zs),effective_rank(zs),_age(self.joined, int(net.queue.count)),fresh,teacher_distance(net.teacher, net.student)
+    fresh = math.nan
+    if self.earlier is not None: fresh = F.cosine_similarity(self.earlier, _teach(net.teacher, self.images)).mean()
+    vals = (ents.mean(), ents.exp().mean(), kl, feature_std(zs), effective_rank(zs),
+            _age(self.joined, int(net.queue.count)), fresh, teacher_distance(net.teacher, net.student))
     return dict(zip(self.names, map(float, vals)))
 
 # %% ../nbs/23_health.ipynb #h32plot

@@ -1,11 +1,12 @@
 """See what the encoder has learned: its relations, neighbours, a map.
 
-An encoder that was trained without labels gives no accuracy to trust, but it can be looked at. `learn.show_relations()`
-draws what the loss compares, `learn.show_neighbors()` and `learn.plot_embeddings()` what the features hold near each other.
+An encoder that was trained without labels gives no accuracy to trust, but it can be looked at.
+`learn.show_relations()` draws what the loss compares, `learn.show_neighbors()` and `learn.plot_embeddings()` what the
+features hold near each other.
 
-All look at the training set unless `dl` says otherwise: any part of `learn.dls`, or `learn.dls.test_dl(files)`. Images are
-seen as validation sees them, and nothing about the learner changes. The features come from `learn.embed()`, which keeps them:
-the second look at the same images takes a moment.
+All look at the training set unless `dl` says otherwise: any part of `learn.dls`, or `learn.dls.test_dl(files)`.
+Images are seen as validation sees them, and nothing about the learner changes. The features come from
+`learn.embed()`, which keeps them: the second look at the same images takes a moment.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/interpret.html.md"""
 

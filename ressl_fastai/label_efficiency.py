@@ -1,9 +1,9 @@
 """How many labels does pretraining save? Accuracy by number of labelled images, with the baselines it must beat.
 
-Pretraining is worth its time if fewer labels are needed afterwards. `label_efficiency` draws a few labelled images of each
-class, trains on those alone in several ways, and tests on the validation set: a linear classifier on the frozen encoder and
-the encoder fine-tuned, beside the same network from scratch under the same schedule, the same network with random weights,
-and raw pixels. `summarize_labels` and `plot_labels` put the seeds together.
+Pretraining is worth its time if fewer labels are needed afterwards. `label_efficiency` draws a few labelled images of
+each class, trains on those alone in several ways, and tests on the validation set: a linear classifier on the frozen
+encoder and the encoder fine-tuned, beside the same network from scratch under the same schedule, the same network
+with random weights, and raw pixels. `summarize_labels` and `plot_labels` put the seeds together.
 
 The baselines matter: without them the result says little. On small, centred pictures raw pixels are hard to beat.
 

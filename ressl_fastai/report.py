@@ -1,12 +1,13 @@
 """`learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 
-A pretraining without labels leaves a file of weights and a falling loss, and neither says whether the encoder is any good.
-`learn.report('report.html')` puts what there is to see on one page: the settings, the curves and the measures of health, the
-views, what teacher and student relate an image to, its neighbours, a map, clusters, duplicates and outliers; with labels the
-accuracies beside those of raw pixels, without them which images to label first; and the lines that load the encoder.
+A pretraining without labels leaves a file of weights and a falling loss, and neither says whether the encoder is any
+good. `learn.report('report.html')` puts what there is to see on one page: the settings, the curves and the measures
+of health, the views, what teacher and student relate an image to, its neighbours, a map, clusters, duplicates and
+outliers; with labels the accuracies beside those of raw pixels, without them which images to label first; and the
+lines that load the encoder.
 
-The page is one file without scripts and without anything from the network. It can be sent by mail, read on a phone and kept
-beside the weights.
+The page is one file without scripts and without anything from the network. It can be sent by mail, read on a phone
+and kept beside the weights.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/report.html.md"""
 
@@ -441,7 +442,8 @@ def use_section(learn, seen):
     return dict(
         text="Frozen features and logistic regression as an ordinary fastai learner, in seconds: the best start with "
              "few labels. With many, go on from there: clf.unfreeze() and clf.fit_one_cycle(n). "
-             "labelled_dls: DataLoaders of labelled images of the same size, without Normalize, which the encoder brings along.",
+             "labelled_dls: DataLoaders of labelled images of the same size, without Normalize, which the encoder "
+             "brings along.",
         code=f"""{save}from ressl_fastai.all import *
 {before}learn = encoder_learner({str(file)!r}, labelled_dls{arch})
 clf = learn.to_classifier(labelled_dls, metrics=accuracy)

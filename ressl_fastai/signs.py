@@ -30,7 +30,8 @@ sign_kinds = dict(arrows=(0x2190,0x21ff), braille=(0x2801,0x28ff), cards=(0x1f0a
 _font = Path(matplotlib.get_data_path())/'fonts'/'ttf'/'DejaVuSans.ttf'
 
 def _colour(rng, light):
-    saturation,value = (rng.uniform(0.2,0.5),rng.uniform(0.85,1.)) if light else (rng.uniform(0.4,1.),rng.uniform(0.2,0.6))
+    if light: saturation,value = rng.uniform(0.2,0.5),rng.uniform(0.85,1.)
+    else: saturation,value = rng.uniform(0.4,1.),rng.uniform(0.2,0.6)
     return tuple(int(255*o) for o in colorsys.hsv_to_rgb(rng.random(), saturation, value))
 
 def _sign(rng, text, size, transparent=False):

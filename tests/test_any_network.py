@@ -31,7 +31,11 @@ def features(net, x): return net.eval()(x)
 
 class Maps(nn.Module):
     "Convolutions whose maps come with their channels last"
-    def __init__(self): super().__init__(); self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
     def forward(self, x): return self.conv(x).permute(0, 2, 3, 1)
 
 @pytest.mark.parametrize('size', [32, (32,64), (48,20), 5])
@@ -186,7 +190,10 @@ def test_a_modules_random_encoder_is_not_the_trained_one():
 
 def test_what_cannot_be_drawn_anew_is_said_before_anything_is_trained(monkeypatch):
     class Token(Own):
-        def __init__(self): super().__init__(); self.token = nn.Parameter(torch.ones(8))
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(8))
+
         def forward(self, x): return self.net(x)+self.token
     token = Token()
     learn = fit(ressl_learner(image_dls(), token, **small))
@@ -237,7 +244,10 @@ def test_a_fifth_that_cannot_hold_every_class(monkeypatch):
     from ressl_fastai import evaluate
     seen = {}
     class Search:
-        def __init__(self, clf, grid, cv): seen['cv'] = cv; self.best_estimator_ = clf
+        def __init__(self, clf, grid, cv):
+            seen['cv'] = cv
+            self.best_estimator_ = clf
+
         def fit(self, x, y):
             parts = next(seen['cv'].split(x, y))
             seen['classes'],seen['held'] = [len(np.unique(y[o])) for o in parts],len(parts[1])

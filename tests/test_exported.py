@@ -211,7 +211,9 @@ def test_no_validation_set(tmp_path):
         assert len(exported(learn).dls.valid_ds)==0
 
 def test_epochs_without_a_value_do_not_stop_early(tmp_path, monkeypatch):
-    monkeypatch.setattr('ressl_fastai.evaluate.knn_accuracy', lambda *args, **kwargs: 0.5)  # batch norms move at learning rate 0 too
+    monkeypatch.setattr(
+        'ressl_fastai.evaluate.knn_accuracy', lambda *args, **kwargs: 0.5
+    )  # batch norms move at learning rate 0 too
     learn = make(make_dls(tmp_path, labels=True), tmp_path, metrics=KNNAccuracy(every=3))
     for cb in (EarlyStoppingCallback('knn_accuracy', patience=2), ReduceLROnPlateau('knn_accuracy', patience=1)):
         with pytest.raises(ValueError, match='patience must be at least 3'): learn.fit(6, cbs=cb)

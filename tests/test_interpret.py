@@ -104,7 +104,8 @@ def test_nothing_is_changed(learn, training):
     assert same(before, everything(learn))
     learn.model.train(not training)
     assert not same(before, everything(learn))  # control
-    learn.model.train(training); torch.rand(1)
+    learn.model.train(training)
+    torch.rand(1)
     assert not same(before, everything(learn))
 
 def _data(path, kind):

@@ -115,7 +115,9 @@ def test_random_encoder_is_the_untrained_network():
     learn = pretrained(2)
     df = learn.label_efficiency(learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
     untrained = few()
-    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     untrained.model.encoder.load_state_dict(create_encoder(arch, 1, size=8).state_dict())
     want = untrained.label_efficiency(untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]
     assert df.accuracy[1]==want!=df.accuracy[0]

@@ -28,7 +28,8 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.tags,self.texts,self.open,self.wrong = [],[],[],[]
-        self.feed(html); self.close()
+        self.feed(html)
+        self.close()
         self.wrong += self.open
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -54,7 +55,9 @@ class NoBN(nn.Sequential):
     def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
 
 def make(dls, path, arch=None, n=1, **kwargs):
-    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     learn = ressl_learner(dls, arch or NoBN(), queue_size=min(64, dls.train.n), n_hidden=16, dim=8, path=path, **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
     return learn
@@ -143,14 +146,17 @@ def test_nothing_about_the_learner_changes(labelled):
                          [str(dl.after_batch) for dl in learn.dls.loaders], [id(o) for o in learn.cbs],
                          plt.get_fignums(), dict(plt.rcParams), learn.training)
     mine = plt.figure()
-    before = BytesIO(); torch.save(state(), before)
+    before = BytesIO()
+    torch.save(state(), before)
     learn.report('again.html', n=20)
-    after = BytesIO(); torch.save(state(), after)
+    after = BytesIO()
+    torch.save(state(), after)
     assert before.getvalue()==after.getvalue() and plt.gcf() is mine
     plt.close(mine)
 
     torch.rand(1)
-    changed = BytesIO(); torch.save(state(), changed)
+    changed = BytesIO()
+    torch.save(state(), changed)
     assert changed.getvalue()!=before.getvalue()
 
 def test_lines_that_load_the_encoder_run(labelled, tmp_path):
@@ -252,7 +258,8 @@ def test_ctrl_c_in_a_section_stops_the_report_and_keeps_the_older_page(labelled,
     assert (learn.path/'report.html').read_bytes()==old and not list(learn.path.glob('*.part'))
 
 def test_images_that_cannot_be_read_any_more_cost_the_sections_that_need_them(tmp_path):
-    path = tmp_path/'ims'; path.mkdir()
+    path = tmp_path / 'ims'
+    path.mkdir()
     for i,im in enumerate(load_digits().images[:60]): Image.fromarray((im*15).astype(np.uint8)).save(path/f'{i:02}.png')
     dls = ImageDataLoaders.from_path_func(path, sorted(path.glob('*.png')), lambda f: int(f.stem)%2, valid_pct=0.2,
                                           item_tfms=Resize(8), bs=16, num_workers=0)

@@ -52,8 +52,17 @@ def by_hand(learn, dls, teacher=False, C=None):
 
 # the same predictions
 
-@pytest.mark.parametrize('kw', [dict(), dict(classes=(3,8), vocab=(3,8)), dict(classes=(0,1,2,3,4,5,6,7)),
-                                dict(classes=(4,9)), dict(per_class=20, bs=16)], ids=['ten','two','two_missing','two_of_ten','many'])
+@pytest.mark.parametrize(
+    'kw',
+    [
+        dict(),
+        dict(classes=(3, 8), vocab=(3, 8)),
+        dict(classes=(0, 1, 2, 3, 4, 5, 6, 7)),
+        dict(classes=(4, 9)),
+        dict(per_class=20, bs=16),
+    ],
+    ids=['ten', 'two', 'two_missing', 'two_of_ten', 'many'],
+)
 @pytest.mark.parametrize('teacher', [False, True])
 def test_predictions_are_scikit_learns(learn, kw, teacher):
     dls = few(**kw)
@@ -163,8 +172,11 @@ def test_from_a_file(tmp_path, learn):
 
 several = np.array([[str(o)] for o in y], dtype=object)
 
-@pytest.mark.parametrize('block,labels', [(RegressionBlock, y.astype(float)), (MultiCategoryBlock, several), (None, None)],
-                         ids=['numbers','several','none'])
+@pytest.mark.parametrize(
+    'block,labels',
+    [(RegressionBlock, y.astype(float)), (MultiCategoryBlock, several), (None, None)],
+    ids=['numbers', 'several', 'none'],
+)
 def test_other_targets_are_refused_before_anything_is_computed(learn, monkeypatch, block, labels):
     monkeypatch.setattr('ressl_fastai.transfer.embed', lambda *args: pytest.fail('images were embedded'))
     dls = tensor_dls(ims, labels, y_block=block, valid_idx=range(100))
@@ -183,7 +195,12 @@ def test_a_path_to_an_encoder_file_is_taken_as_it_is_given(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     learn,other = (make(digits_dls(size=8), small_resnet, queue_size=32) for _ in range(2))
     for o in (learn,other): o.path = tmp_path
-    def same(): return all(torch.equal(a, b) for a,b in zip(learn.model.encoder.parameters(), other.model.encoder.parameters()))
+
+    def same():
+        return all(
+            torch.equal(a, b) for a, b in zip(learn.model.encoder.parameters(), other.model.encoder.parameters())
+        )
+
     learn.save_encoder('encoder')
     for file in ('encoder', 'models/encoder', 'models/encoder.pth', tmp_path/'models'/'encoder'):
         with torch.no_grad(): next(other.model.encoder.parameters()).add_(1)

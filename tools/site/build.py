@@ -1,9 +1,12 @@
-"""The site in _docs/: nbdev processes the notebooks as it does for Quarto, Sphinx renders them, `check.py` looks at them.
+"""The site in _docs/: nbdev processes the notebooks as it does for Quarto, Sphinx renders them, `check.py` looks at
+them.
 
     python tools/site/build.py          # what `make docs` calls
 
-Addresses and anchors are nbdev's (losses.html#ressl_loss), the order is that of nbs/sidebar.yml, and beside each page lies
+Addresses and anchors are nbdev's (losses.html#ressl_loss), the order is that of nbs/sidebar.yml, and beside each page
+lies
 the Markdown that llms.txt and the docstrings of the modules point to (losses.html.md)."""
+
 import html, json, re, shutil, subprocess, sys
 from importlib import import_module
 from pathlib import Path

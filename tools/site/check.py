@@ -1,6 +1,8 @@
-"""Look at the pages of a folder: dead links and anchors, pictures missing or without text, symbols without entry, paths of a machine.
+"""Look at the pages of a folder: dead links and anchors, pictures missing or without text, symbols without entry,
+paths of a machine.
 
-    python tools/site/check.py _docs"""
+python tools/site/check.py _docs"""
+
 import importlib, re, sys
 from html.parser import HTMLParser
 from pathlib import Path
