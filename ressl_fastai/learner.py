@@ -198,9 +198,9 @@ def _precision(precision, channels_last, dls, model, size, views_made):
 def ressl_learner(
     dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; a missing `Normalize` is added
     arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`
-    size:int|tuple=None, # Side, or (height, width), of the views in pixels; default: the size of the images
     pretrained:bool=False, # Start from the library's weights
     stem:str='auto', # First layers: 'standard', 'small_pool', 'small' or 'auto'; see `create_encoder`
+    size:int|tuple=None, # Side, or (height, width), of the views in pixels; default: the size of the images
     weak_tfms=None, # Callable from images in [0, 1] to the teacher's views; default: `views.weak_tfms(size)`
     strong_tfms=None, # Likewise for the student, or a list, as of `multi_crop_tfms`; default: `views.strong_tfms(size)`
     teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1], or a schedule
