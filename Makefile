@@ -11,8 +11,9 @@ help:  ## this list
 	touch $@
 
 # Notebooks and tests compare arithmetic: they run on the CPU, GPUs are hidden (for pytest in tests/conftest.py). What only a GPU shows comes last, skipped without one.
-test: .venv/.ready  ## the gate: notebooks clean, exports in sync, notebooks run, pytest
+test: .venv/.ready  ## the gate: notebooks clean, exports in sync, the site made, notebooks run, pytest
 	$(BIN)/python tools/check_sync.py
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/site/build.py
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations 15 tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_cuda.py
