@@ -1,9 +1,9 @@
-"""Encoders from the checkpoints of the official ReSSL code and of solo-learn.
+"""Encoders from the checkpoints of the official ReSSL code, of solo-learn, lightly and stable-pretraining.
 
-`load_ressl_weights` makes an `Encoder` of what others have pretrained: checkpoints of the official code (2107.09282;
-mingkai-zheng/ReSSL, and its archive for small images as cywinski/ressl_audio has it) and of solo-learn
-(vturrisi/solo-learn), all of them torchvision's ResNets. Only the names of tensors are taken from there. Files are
-opened with `weights_only`: no code in them is run.
+`load_ressl_weights` makes an `Encoder` of what others have pretrained: torchvision's ResNets in checkpoints of the
+official code (2107.09282; mingkai-zheng/ReSSL, and its archive for small images as cywinski/ressl_audio has it), of
+solo-learn, of lightly's examples and benchmarks with a `backbone`, and of stable-pretraining's student and teacher.
+Only the names of tensors are taken from there. Files are opened with `weights_only`: no code in them is run.
 
 Nothing is loaded half: every tensor of the file is used or belongs to a part that is known and listed, every tensor
 of the encoder is filled, and the encoder must compute what torchvision's network computes with the same tensors.
@@ -17,26 +17,37 @@ __all__ = ['layouts', 'read_ressl_weights', 'load_ressl_weights']
 
 # %% ../nbs/31_weights.ipynb #39c3b68d
 import re
-from functools import cache
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import nn, Tensor
 from torchvision.models import get_model
 
 from .files import read_torch
-from .models import Encoder, create_encoder
+from .models import Encoder, create_encoder, set_stem
 
 # %% ../nbs/31_weights.ipynb #e8aa31b0
 layouts = {
     'official': dict(
-        under='model', student='module.encoder_q.net.', teacher='module.encoder_k.net.', stems={7:'standard', 3:None},
+        under='model', student='module.encoder_q.net.', teacher='module.encoder_k.net.', small=None,
         other=('module.encoder_q.head.', 'module.encoder_k.head.', 'module.queue', 'module.queue_ptr')),
-    'official, small images': dict(under='model', student='net.net.', teacher='encoder_k.net.', stems={3:None},
+    'official, small images': dict(
+        under='model', student='net.net.', teacher='encoder_k.net.', small=None,
         other=('head_q.', 'head_k.', 'queue', 'queue_ptr')),
+    'stable-pretraining': dict(
+        under='state_dict', student='backbone.student.', teacher='backbone.teacher.', small='small',
+        other=('backbone.base_ema_coefficient', 'backbone.final_ema_coefficient', 'backbone.ema_coefficient',
+               'projector.', 'predictor.', 'callbacks_modules.', 'callbacks_metrics.')),
     'solo-learn': dict(
-        under='state_dict', student='backbone.', teacher='momentum_backbone.', stems={7:'standard', 3:'small_pad2'},
-        other=('projector.', 'momentum_projector.', 'classifier.', 'momentum_classifier.', 'queue', 'queue_ptr'))}
+        under='state_dict', student='backbone.', teacher='momentum_backbone.', small='small_pad2',
+        other=('projector.', 'momentum_projector.', 'classifier.', 'momentum_classifier.', 'queue', 'queue_ptr')),
+    'lightly, examples': dict(
+        under='state_dict', student='backbone.', teacher='backbone_momentum.', small=None,
+        other=('projection_head.', 'projection_head_momentum.', 'prediction_head.', 'criterion.')),
+    'lightly, benchmarks': dict(
+        under='state_dict', student='backbone.', teacher='teacher_backbone.', small=None,
+        other=('projection_head.', 'teacher_projection_head.', 'prediction_head.', 'online_classifier.', 'criterion.'))}
 
 # %% ../nbs/31_weights.ipynb #badb1a47
 def _load(file):
@@ -59,14 +70,6 @@ def _load(file):
 def _is_tensors(o):
     return isinstance(o, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k,v in o.items())
 
-def _layout_of(state, file):
-    "Name of the layout, and the dict of tensors"
-    for nm,o in layouts.items():
-        tensors = state.get(o['under']) if isinstance(state, dict) else None
-        if _is_tensors(tensors) and any(k.startswith((o['student'], o['teacher'])) for k in tensors): return nm,tensors
-    raise ValueError(f"{file} has none of the layouts that are read: "
-                     + '; '.join(f"{o['student']}* under {o['under']!r} ({nm})" for nm,o in layouts.items()))
-
 def _parts(tensors, layout):
     "Tensors by the part of the checkpoint that they are in, `None` if it is unknown, with the rest of their names"
     parts,known = {},(layout['student'], layout['teacher'], *layout['other'])
@@ -75,134 +78,115 @@ def _parts(tensors, layout):
         parts.setdefault(part, {})[k.removeprefix(part or '')] = v
     return parts
 
+def _find_layout(state, file):
+    "Name of the layout that knows most of the tensors, and the parts that they are in"
+    found = {}
+    for nm,layout in layouts.items():
+        tensors = state.get(layout['under']) if isinstance(state, dict) else None
+        if not _is_tensors(tensors): continue
+        parts = _parts(tensors, layout)
+        if layout['student'] in parts or layout['teacher'] in parts: found[nm] = parts
+    if not found:
+        known = '; '.join(f"{o['student']}* under {o['under']!r} ({nm})" for nm,o in layouts.items())
+        raise ValueError(f"{file} has none of the layouts that are read: {known}")
+    return min(found.items(), key=lambda o: len(o[1].get(None, ())))
+
 # %% ../nbs/31_weights.ipynb #03968c41
-def _resnet(arch):
-    with torch.device('meta'): return get_model(arch)  # names and shapes; no memory, no initialisation
+_layers = 'conv1','bn1','relu','maxpool','layer1','layer2','layer3','layer4'
 
-@cache
-def _children(pool=True): return [nm for nm,_ in _resnet('resnet18').named_children() if pool or nm!='maxpool']
-
-def _named(k, children):
-    "Give a tensor of a numbered `nn.Sequential` the name that it has in a network with these `children`"
+def _named(k, layers=_layers):
+    "torchvision's name of a tensor that may have the number of its layer instead"
     i,_,rest = k.partition('.')
-    return f'{children[int(i)]}.{rest}' if i.isdigit() and int(i)<len(children) else k
+    return f'{layers[int(i)]}.{rest}' if i.isdigit() and int(i)<len(layers) else k
 
-def _names_back(net):
-    "Tensors by torchvision's names, and the stem if they are numbered"
-    if '0.weight' not in net: return net,None
-    pool = not any(k.startswith('3.') for k in net)
-    return {_named(k, _children(pool)):v for k,v in net.items()},'small_pool' if pool else 'small'
+def _names_back(net, small, file):
+    "Tensors by torchvision's names, and the stem, `None` if it is not told"
+    known,layers = {7:'standard', 3:small},_layers
+    if '0.weight' in net:
+        known = {7:'standard', 3:'small_pool'}
+        if '3.0.conv1.weight' in net: known,layers = {3:'small'},[o for o in _layers if o!='maxpool']
+    net = {_named(k, layers):v for k,v in net.items()}
+    shape = tuple(net['conv1.weight'].shape) if 'conv1.weight' in net else ()
+    if len(shape)!=4 or shape[2]!=shape[3] or shape[2] not in known:
+        widths = ' or '.join(f'{k}x{k}' for k in known)
+        raise ValueError(f"{file} must have a first convolution of {widths}, conv1.weight is {shape or 'missing'}")
+    return net,known[shape[2]]
 
 # %% ../nbs/31_weights.ipynb #ddda936d
-def _shapes(state): return {k:tuple(v.shape) for k,v in state.items()}
+_archs = {120:'resnet18', 216:'resnet34', 318:'resnet50', 624:'resnet101', 930:'resnet152'}
 
-@cache
-def _resnet_shapes(arch): return {k:v for k,v in _shapes(_resnet(arch).state_dict()).items() if not k.startswith('fc.')}
-
-def _differences(want, have): return sorted(k for k in want.keys()|have.keys() if want.get(k)!=have.get(k))
-
-def _arch_of(net, file):
-    "torchvision's name of the ResNet with the tensors `net`, whatever its first convolution"
-    have,diffs = _shapes(net),{}
-    for nm in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'):
-        diffs[nm] = _differences({**_resnet_shapes(nm), 'conv1.weight': (64, *have['conv1.weight'][1:])}, have)
-    nm = min(diffs, key=lambda o: len(diffs[o]))
-    if wrong := diffs[nm]: raise ValueError(
-        f"{file} holds none of torchvision's ResNets: {len(wrong)} tensors differ from {nm}, "
-        f"among them {', '.join(wrong[:3])}")
-    return nm
-
-def _kernel_of(net, layout, file):
-    "Width of the first convolution"
-    have = tuple(net['conv1.weight'].shape) if 'conv1.weight' in net else ()
-    if len(have)!=4 or have[2]!=have[3] or have[2] not in layout['stems']:
-        widths = ' or '.join(f'{k}x{k}' for k in layout['stems'])
-        raise ValueError(f"{file} must have a first convolution of {widths}, conv1.weight is {have or 'missing'}")
-    return have[2]
+def _torchvisions(state, info, stem):
+    "torchvision's network with these tensors, made without memory of its own"
+    with torch.device('meta'):
+        net = get_model(info['arch'])
+        net.conv1,net.fc = nn.Conv2d(info['n_in'], 64, 7, stride=2, padding=3, bias=False),nn.Identity()
+        set_stem(net, stem)
+    net.load_state_dict(state, assign=True)
+    return net.eval()
 
 # %% ../nbs/31_weights.ipynb #f997b85d
 def read_ressl_weights(
-    file:str|Path, # Checkpoint of the official code or of solo-learn
+    file:str|Path, # Checkpoint in one of the `layouts`: of the official code, solo-learn, lightly, stable-pretraining
     teacher:bool=False # The teacher's network instead of the student's
 ) -> tuple: # Tensors by torchvision's names; dict of `layout`, `arch`, `n_in`, `stem` (None: not told) and `ignored`
     "The encoder's tensors in a checkpoint, and what else is in it"
     file = Path(file)
-    nm,tensors = _layout_of(_load(file), file)
-    layout = layouts[nm]
-    parts,part = _parts(tensors, layout),layout['teacher' if teacher else 'student']
+    nm,parts = _find_layout(_load(file), file)
+    who = 'teacher' if teacher else 'student'
+    part = layouts[nm][who]
     if lost := sorted(parts.get(None, {})): raise ValueError(
         f"{file} holds {len(lost)} tensors of no known part: {', '.join(lost[:5])}")
-    if part not in parts: raise ValueError(
-        f"{file} holds no {'teacher' if teacher else 'student'}: no tensor is named {part}*")
+    if part not in parts: raise ValueError(f"{file} holds no {who}: no tensor is named {part}*")
     net = parts.pop(part)
     if fc := [k for k in net if k.startswith('fc.')]:  # comes after the features
         parts[part+'fc.'] = {k:net.pop(k) for k in fc}
-    net,stem = _names_back(net)
-    k = _kernel_of(net, layout, file)
-    info = dict(layout=nm, arch=_arch_of(net, file), n_in=net['conv1.weight'].shape[1], stem=stem or layout['stems'][k],
+    net,stem = _names_back(net, layouts[nm]['small'], file)
+    net = {k:v.float() if v.is_floating_point() else v for k,v in net.items()}
+    arch = _archs[min(_archs, key=lambda n: abs(n-len(net)))]
+    info = dict(layout=nm, arch=arch, n_in=net['conv1.weight'].shape[1], stem=stem,
                 ignored={o:len(v) for o,v in parts.items()})
+    try: _torchvisions(net, info, stem or 'small')
+    except RuntimeError as e: raise ValueError(
+        f"{file} holds none of torchvision's ResNets, {arch} is nearest: {shorten(str(e), 400)}") from None
     bad = [k for k,v in net.items() if not v.isfinite().all()]
     if bad: raise ValueError(f"{file} holds values that are not finite, in {bad[0]}")
-    return {k:v.float() if v.is_floating_point() else v for k,v in net.items()},info
+    return net,info
 
 # %% ../nbs/31_weights.ipynb #cde10552
-def _choose_stem(stem, info, file):
-    told = info['stem']
-    if told is None:
-        if stem not in ('small', 'small_pool'): raise ValueError(
-            f"{file} does not tell whether its 3x3 stem has a max-pool: "
-            f"stem must be 'small' (without) or 'small_pool', got {stem!r}")
-        return stem
-    if stem not in ('auto', told): raise ValueError(f"stem={stem!r} does not fit {file}, whose stem is {told!r}")
-    return told
-
-def _create(arch, n_in, stem):
-    if isinstance(arch, nn.Module): raise ValueError("arch must be a model function or a timm name, got a module")
-    return create_encoder(arch, n_in, stem=stem)
+def _choose_stem(stem, told, file):
+    if told is not None and stem in ('auto', told): return told
+    if told is None and stem in ('small', 'small_pool'): return stem
+    if told is None: raise ValueError(
+        f"{file} does not tell whether its 3x3 stem has a max-pool: "
+        f"stem must be 'small' (without) or 'small_pool', got {stem!r}")
+    raise ValueError(f"stem={stem!r} does not fit {file}, whose stem is {told!r}")
 
 # %% ../nbs/31_weights.ipynb #cc1662e8
-def _reference(state, info, stem):
-    "torchvision's network with these tensors"
-    net = _resnet(info['arch'])
-    small,pad = stem!='standard',{'standard':3, 'small_pad2':2}.get(stem, 1)
-    kernel,stride = (3,1) if small else (7,2)
-    net.conv1 = nn.Conv2d(info['n_in'], 64, kernel, stride, pad, bias=False, device='meta')
-    if stem in ('small', 'small_pad2'): net.maxpool = nn.Identity()
-    net.fc = nn.Identity()
-    net.load_state_dict(state, assign=True)
-    return net.eval()
-
 @torch.no_grad()
-def _same_features(enc, ref, n_in):
-    x = torch.randn(2, n_in, 64, 64, generator=torch.Generator().manual_seed(0))
+def _same_features(enc, ref):
+    x = torch.randn(2, enc.n_in, 64, 64, generator=torch.Generator().manual_seed(0))
     got,want = enc.eval()(x),ref(x)
     enc.train()
     return got.shape==want.shape and bool((got-want).abs().max()<=1e-4*want.abs().max())
 
 # %% ../nbs/31_weights.ipynb #884d783c
-def _check_fit(want, have, theirs, ours, file):
-    if not (wrong := _differences(want, have)): return
-    k,n = wrong[0],len(want.keys()|have.keys())
-    raise ValueError(f"{file} holds a {theirs}, which does not fit {ours}: {len(wrong)} of {n} tensors differ, {k} is "
-        f"{want.get(k, 'missing')} in {ours} and {have.get(k, 'missing')} in the file. Use torchvision's or timm's "
-        f"{theirs}: other architectures, fastai's xresnets among them, have other layers")
-
 def load_ressl_weights(
-    file:str|Path, # Checkpoint of the official code or of solo-learn
+    file:str|Path, # Checkpoint in one of the `layouts`: of the official code, solo-learn, lightly, stable-pretraining
     arch, # The file's ResNet: torchvision's model function, or timm's name
     teacher:bool=False, # The teacher's network instead of the student's
     stem:str='auto' # 'auto': as the file tells; 'small' or 'small_pool' where it does not
 ) -> Encoder: # As `create_encoder` makes it; `n_in` is the file's
     "An encoder with the weights of a checkpoint"
+    if isinstance(arch, nn.Module): raise ValueError("arch must be a model function or a timm name, got a module")
     state,info = read_ressl_weights(file, teacher)
-    stem = _choose_stem(stem, info, file)
-    enc = _create(arch, info['n_in'], stem)
-    body = enc[0].state_dict()
+    stem,theirs = _choose_stem(stem, info['stem'], file),info['arch']
+    enc = create_encoder(arch, info['n_in'], stem=stem)
     # timm's bodies have their network in `model`
-    names = {k:_named(k.removeprefix('model.'), _children()) for k in body}
-    _check_fit(_shapes({o:body[k] for k,o in names.items()}), _shapes(state), info['arch'], enc.arch, file)
-    enc[0].load_state_dict({k:state[o] for k,o in names.items()})
-    if not _same_features(enc, _reference(state, info, stem), info['n_in']):
-        raise ValueError(
-            f"{enc.arch} takes the tensors of {file}, but computes other features than torchvision's {info['arch']}")
+    names = {_named(k.removeprefix('model.')):k for k in enc[0].state_dict()}
+    try: enc[0].load_state_dict({names.get(k, k):v for k,v in state.items()})
+    except RuntimeError as e: raise ValueError(
+        f"{file} holds a {theirs}, which does not fit {enc.arch}. Use torchvision's or timm's {theirs}: other "
+        f"architectures, fastai's xresnets among them, have other layers. {shorten(str(e), 400)}") from None
+    if not _same_features(enc, _torchvisions(state, info, stem)): raise ValueError(
+        f"{enc.arch} takes the tensors of {file}, but computes other features than torchvision's {theirs}")
     return enc

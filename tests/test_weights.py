@@ -45,7 +45,7 @@ def source(arch=tv.resnet18, n_in=3, kernel=7, pad=3, pool=True, seed=0):
     if not pool: net.maxpool = nn.Identity()
     return net
 
-def named(prefix, m): return {f'{prefix}.{k}':v for k,v in m.state_dict().items()}
+def named(prefix, m): return {f'{prefix}.{k}'.lstrip('.'):v for k,v in m.state_dict().items()}
 def mlp(): return nn.ModuleDict(dict(linear1=nn.Linear(8, 4), linear2=nn.Linear(4, 2)))
 def numbered(net):
     return nn.Sequential(
@@ -75,6 +75,27 @@ def solo_learn(q, k):
     }
     return dict(state_dict={**nets, **heads, **queue()}, epoch=400, loops={}, callbacks={})
 
+def lightly_example(q, k):
+    "As in lightly's examples/pytorch_lightning/byol.py: `nn.Sequential(*list(resnet.children())[:-1])`"
+    nets = {**named('backbone', numbered(q)), **named('backbone_momentum', numbered(k))}
+    heads = {nm: mlp() for nm in ('projection_head', 'projection_head_momentum', 'prediction_head')}
+    return dict(state_dict={**nets, **named('', nn.ModuleDict(heads))}, epoch=9, hyper_parameters={})
+
+def lightly_benchmark(q, k):
+    "As in lightly's benchmarks/imagenet/resnet50/byol.py"
+    nets = {**named('backbone', q), **named('teacher_backbone', k), **named('online_classifier', nn.Linear(8, 2))}
+    heads = {nm: mlp() for nm in ('projection_head', 'teacher_projection_head', 'prediction_head')}
+    return dict(state_dict={**nets, **named('', nn.ModuleDict(heads))}, epoch=99)
+
+def stable_pretraining(q, k):
+    "As in stable-pretraining's benchmarks/cifar10/byol-resnet18.py: `TeacherStudentWrapper`s"
+    wrapped = nn.ModuleDict(dict(backbone=nn.ModuleDict(dict(student=q, teacher=k)),
+                                 projector=nn.ModuleDict(dict(student=mlp(), teacher=mlp())), predictor=mlp(),
+                                 callbacks_modules=nn.ModuleDict(dict(linear_probe=nn.Linear(8, 2)))))
+    for nm in ('base_ema_coefficient', 'final_ema_coefficient', 'ema_coefficient'):
+        wrapped['backbone'].register_buffer(nm, torch.tensor(0.996))
+    return dict(state_dict=wrapped.state_dict(), epoch=999)
+
 small = dict(kernel=3, pad=1)
 files = {  # layout, the sources' first layers, what the caller says, the stem
     'official': (official, {}, 'auto', 'standard'),
@@ -83,7 +104,13 @@ files = {  # layout, the sources' first layers, what the caller says, the stem
     'archive': (archive, dict(small, pool=False), 'auto', 'small'),
     'archive_pool': (archive, dict(small, n_in=4), 'auto', 'small_pool'),
     'solo': (solo_learn, {}, 'auto', 'standard'),
-    'solo_cifar': (solo_learn, dict(kernel=3, pad=2, pool=False), 'auto', 'small_pad2')}
+    'solo_cifar': (solo_learn, dict(kernel=3, pad=2, pool=False), 'auto', 'small_pad2'),
+    'lightly': (lightly_example, {}, 'auto', 'standard'),
+    'lightly_small': (lightly_example, dict(small, pool=False), 'auto', 'small'),
+    'lightly_benchmark': (lightly_benchmark, {}, 'auto', 'standard'),
+    'lightly_benchmark_small': (lightly_benchmark, dict(small, pool=False), 'small', 'small'),
+    'stable': (stable_pretraining, {}, 'auto', 'standard'),
+    'stable_cifar': (stable_pretraining, dict(small, pool=False), 'auto', 'small')}
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -95,6 +122,20 @@ def made(tmp_path_factory):
         res[nm] = folder/nm,nets
     yield res
     for file,_ in res.values(): file.unlink()  # 90 MB each
+
+def test_layouts_are_told_apart(made):
+    names = {nm:read_ressl_weights(file)[1]['layout'] for nm,(file,_) in made.items()}
+    assert names=={'official':'official', 'official_small':'official', 'official_small_pool':'official',
+        'archive':'official, small images', 'archive_pool':'official, small images', 'solo':'solo-learn',
+        'solo_cifar':'solo-learn', 'lightly':'lightly, examples', 'lightly_small':'lightly, examples',
+        'lightly_benchmark':'lightly, benchmarks', 'lightly_benchmark_small':'lightly, benchmarks',
+        'stable':'stable-pretraining', 'stable_cifar':'stable-pretraining'}
+
+@pytest.mark.parametrize('arch', ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'])
+def test_all_resnets_are_recognised(arch, tmp_path):
+    with torch.device('meta'): net = tv.get_model(arch)
+    torch.save(dict(model={f'module.encoder_q.net.{k}':v for k,v in empty(net).items()}), tmp_path/arch)
+    assert read_ressl_weights(tmp_path/arch)[1]['arch']==arch
 
 # the right ones
 
@@ -205,7 +246,8 @@ def test_solo_learns_stem_is_never_taken_for_another(made):
 
 # what is refused
 
-with torch.device('meta'): shapes = tv.resnet18()
+with torch.device('meta'): shapes,no_pool = tv.resnet18(),tv.resnet18()
+no_pool.maxpool = nn.Identity()
 
 def empty(net):
     return {
@@ -249,21 +291,31 @@ bad = {  # what the file holds, a part of the error, arguments
     'no_student': (dict(model=tensors('module.encoder_k.net.')), 'holds no student', {}),
     'too_few': (
         dict(model=tensors(layer4__1__bn2__running_var=None)),
-        '1 tensors differ from resnet18, among them layer4.1.bn2',
+        'resnet18 is nearest: .* Missing .*layer4.1.bn2.running_var',
         {},
     ),
     'too_many': (
         dict(model=tensors(layer4__2__bn2__running_var=torch.ones(512))),
-        'among them layer4.2.bn2.running_var',
+        'resnet18 is nearest: .* Unexpected .*layer4.2.bn2.running_var',
         {},
     ),
-    'shape': (dict(model=tensors(bn1__bias=torch.ones(32))), 'among them bn1.bias', {}),
+    'shape': (dict(model=tensors(bn1__bias=torch.ones(32))), 'size mismatch for bn1.bias', {}),
     'no_conv': (dict(model=tensors(conv1__weight=None)), 'conv1.weight is missing', {}),
     'conv_5': (dict(model=tensors(conv1__weight=torch.ones(64, 3, 5, 5))), 'convolution of 7x7 or 3x3', {}),
-    'conv_out': (dict(model=tensors(conv1__weight=torch.ones(32, 3, 7, 7))), 'among them conv1.weight', {}),
+    'conv_out': (dict(model=tensors(conv1__weight=torch.ones(32, 3, 7, 7))), 'size mismatch for conv1.weight', {}),
     'archive_7': (
-        dict(model={f'net.net.{k}': v for k, v in empty(numbered(shapes)).items()}),
+        dict(model={f'net.net.{k}': v for k, v in empty(numbered(no_pool)).items()}),
         'convolution of 3x3',
+        {},
+    ),
+    'lightly_momentum': (
+        dict(state_dict={**tensors('backbone.'), **tensors('query_backbone.')}),
+        'no known part: query_backbone.bn1.bias',
+        {},
+    ),
+    'stable_unwrapped': (
+        dict(state_dict={**tensors('backbone.'), 'callbacks_modules.probe.weight': torch.ones(2)}),
+        'no known part: callbacks_modules.probe.weight',
         {},
     ),
     'nan': (
@@ -295,6 +347,7 @@ bad = {  # what the file holds, a part of the error, arguments
     'mobilenet': (dict(model=tensors()), 'does not fit mobilenet_v2', dict(arch=tv.mobilenet_v2)),
     'module': (dict(model=tensors()), 'got a module', dict(arch=nn.Identity())),
 }
+
 
 @pytest.mark.parametrize('nm', bad)
 def test_refused(nm, tmp_path):
