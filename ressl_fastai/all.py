@@ -7,13 +7,13 @@ from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.curate import typiclust
 from ressl_fastai.data import cached_dls, digits_dls, find_images, folder_dls, tensor_dls
 from ressl_fastai.evaluate import KNNAccuracy, fit_logistic, knn_accuracy, linear_accuracy, pixel_features
-from ressl_fastai.feature_queue import FeatureQueue
+from ressl_fastai.feature_queue import FeatureQueue, default_queue_size
 from ressl_fastai.fingerprint import data_fingerprint
 from ressl_fastai.health import Guard, HealthMonitor
 from ressl_fastai.images import ImageError, OpenImage, PILImage12, PILImage16, open_image, readable_images
 from ressl_fastai.interpret import show_items
 from ressl_fastai.label_efficiency import draw_labels, label_rows, labelled_part, plot_labels, summarize_labels
-from ressl_fastai.learner import ReSSLLearner, default_queue_size, ressl_learner
+from ressl_fastai.learner import ReSSLLearner, ressl_learner
 from ressl_fastai.loaders import ResizeBatch, clean_dl, first_images, image_stats
 from ressl_fastai.losses import info_nce_loss, relation, ressl_loss
 from ressl_fastai.models import (Embedder, Encoder, ReSSLModel, create_encoder, create_mlp, get_arch, ressl_splitter,

@@ -39,7 +39,8 @@ from torchvision.models import efficientnet_b0, mobilenet_v3_large, resnet18, re
 
 from .callback import InfoNCEWarmup
 from .loaders import add_normalize, first_images, get_normalize
-from .learner import default_queue_size, ressl_learner
+from .feature_queue import default_queue_size
+from .learner import ressl_learner
 from .models import get_arch
 from .views import multi_crop_tfms, strong_tfms, weak_tfms
 
