@@ -402,7 +402,7 @@ def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur
     strong = strong_tfms(size, scale, flip_p=flip_p, blur_p=blur_p)
     set_seed(seed, reproducible=True)
     dls = _decoded(_dls(data, size, bs, **how), size, gray)
-    learn = ressl_learner(dls, arch, pretrained, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
+    learn = ressl_learner(dls, arch, pretrained=pretrained, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
     return learn,partial(learn.fit_one_cycle, epochs),{}
 
 def _from_recipe(name, data, how, pretrained, **given):
