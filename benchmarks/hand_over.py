@@ -3,7 +3,8 @@
 One JSON line per set and seed in results/hand_over.jsonl. Seconds are of processor time on one thread, so that what
 else runs on the machine takes nothing from one row and gives nothing to another. About eight minutes a line.
 
-    apt-get install plasma-workspace-wallpapers mate-backgrounds lomiri-wallpapers-20.04 lomiri-wallpapers-16.04  # tiles
+    apt-get install plasma-workspace-wallpapers mate-backgrounds lomiri-wallpapers-20.04 lomiri-wallpapers-16.04
+    # tiles
     npm install --prefix /tmp/emoji emoji-datasource-twitter emoji-datasource-google  # emoji
     .venv/bin/python benchmarks/hand_over.py
     .venv/bin/python benchmarks/hand_over.py --data tiles --seeds 0 --labels 5 --minutes 0.1   # tries it
@@ -28,6 +29,7 @@ Compared on the same draws of labels, with the package's defaults, nothing tuned
 - logistic regression on a `random encoder`, on `pixels` averaged down to 8 x 8, on a `colour histogram` of 8 x 8 x 8
   bins
 """
+
 import json, os, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +44,7 @@ from sklearn.metrics import recall_score
 
 from common import emoji, receipt
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import embed, fit_logistic, linear_probe, pixel_features
+from ressl_fastai.evaluate import embed, fit_logistic, pixel_features
 from ressl_fastai.label_efficiency import NoValidation, draw_labels, labelled_part
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
@@ -55,14 +57,20 @@ all_rows = ('classifier','teacher','probe','trained on','fine-tuned','fine_tune(
             'pixels','colour histogram')
 
 photographs = {
-    'backgrounds/{}.jpg': '''Bridge_by_Sander_Klootwijk Dragonfly_by_Bolly Kleiber_by_Lukas_Baubkus Picture_0B_by_freespace
+    'backgrounds/{}.jpg': '''
+        Bridge_by_Sander_Klootwijk Dragonfly_by_Bolly Kleiber_by_Lukas_Baubkus Picture_0B_by_freespace
         Picture_1A_by_freespace Wine_by_Jakkub_Mede aitzgorri_by_Aitzol_Berasategi free_by_Peter_Nerlich
-        friends_by_Aitzol_Berasategi greentock_by_Peter_Nerlich life_by_Aitzol_Berasategi picosdeeuropa_by_Aitzol_Berasategi
+        friends_by_Aitzol_Berasategi greentock_by_Peter_Nerlich life_by_Aitzol_Berasategi
+        picosdeeuropa_by_Aitzol_Berasategi
         seeding_by_Clements_Engelhardt sunset_by_Aitzol_Berasategi''',
-    'backgrounds/mate/nature/{}.jpg': '''Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops Storm TwoWings
+    'backgrounds/mate/nature/{}.jpg': '''
+        Aqua Blinds Dune FreshFlower Garden GreenMeadow LadyBird RainDrops Storm TwoWings
         Wood YellowFlower''',
-    'wallpapers/{}/contents/images/2560x1600.jpg': '''BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf
-        Grey Kite OneStandsOut Path summer_1am'''}
+    'wallpapers/{}/contents/images/2560x1600.jpg': '''
+        BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf
+        Grey Kite OneStandsOut Path summer_1am''',
+}
+
 
 def tiles(cols=12, rows=9, gap=8):
     "(n, size, size, 3) uint8 squares of the photographs, and which photograph each is of"
@@ -206,7 +214,7 @@ def main(
                     set_seed(seed)
                     if row=='probe':
                         part = labelled_part(task.dls, idxs)
-                        top1 = linear_probe(task.student, part.train, part.valid)['top1']
+                        top1 = task.student.linear_probe(part.train, part.valid)['top1']
                         accuracy.setdefault(row, {})[n] = round(top1, 4)
                         continue
                     pred = task.predict(row, idxs, took)

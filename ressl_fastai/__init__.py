@@ -29,6 +29,6 @@
 - `ressl_fastai.training_state`: Everything that a fit changes, to be kept on disk, or to be put back as if nothing had been.
 - `ressl_fastai.transfer`: The encoder is learnt: keep it in a file, make a classifier of it in one line, or put it into any fastai learner.
 - `ressl_fastai.views`: Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
-- `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code and of solo-learn."""
+- `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code, of solo-learn, lightly and stable-pretraining."""
 
 __version__ = "0.0.1"
