@@ -48,7 +48,7 @@ from torch import nn, Tensor
 
 from .fingerprint import data_fingerprint, digest
 from .loaders import clean_dl, normalize_stats, same_stats
-from .models import Embedder
+from .models import Embedder, evaluating
 
 # %% ../nbs/15_evaluate.ipynb #6805c6ab
 def embedding_loss(
@@ -106,12 +106,8 @@ def embed(
     net,dl = _part(get_model(learn.model), teacher, projected),ifnone(dl, learn.dls.valid)
     _check_images(dl, learn)
     _check_normalize(dl, learn.dls.train)
-    modes = [(m,m.training) for m in net.modules()]
     probe = Learner(learn.dls, net, loss_func=embedding_loss, cbs=cbs)
-    try:
-        with no_random(), probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
-    finally:
-        for m,mode in modes: m.training = mode
+    with evaluating(net), no_random(), probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
     return x.float(),None if y is None or len(y)==0 else y
 
 # %% ../nbs/15_evaluate.ipynb #6e0a0003

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from .callback import OnItsWay, scheduled
 from .losses import relation, ressl_loss
 from .loaders import clean_dl
+from .models import evaluating
 
 # %% ../nbs/23_health.ipynb #h8entropy
 def entropy(
@@ -335,7 +336,7 @@ class HealthMonitor(Callback):
         "What the teacher makes of a few images when what will be oldest at the end of the epoch joins the queue"
         if not (self.active and self.training and self.earlier is None): return
         if self.iter>=self.n_iter-get_model(self.learn.model).queue.size/self.learn.dl.bs:
-            self.earlier = _teach(get_model(self.learn.model).teacher, self.images)
+            with evaluating(get_model(self.learn.model).teacher) as teacher: self.earlier = teacher(self.images)
 
     def after_loss(self):
         if self.active and self.training: self.pending += len(self.learn.ressl.z_teacher)
@@ -371,14 +372,6 @@ def _few_images(learn):
     if b is None: return None
     return to_device(b[0] if isinstance(b, (tuple,list)) else b, next(learn.model.parameters()).device)
 
-@torch.no_grad()
-def _teach(teacher, x):
-    "Embeddings in evaluation mode; the modes are put back"
-    modes = [(m,m.training) for m in teacher.modules()]
-    try: return teacher.eval()(x)
-    finally:
-        for m,mode in modes: m.training = mode
-
 def _age(joined, count):
     "Steps since the oldest of `count` embeddings joined, given how many joined at each step"
     return first(i for i,n in enumerate(accumulate(reversed(joined)), 1) if n>=count) or len(joined)
@@ -394,7 +387,9 @@ def _measure(self:HealthMonitor) -> dict: # One number for each of `names`
     ents = torch.cat([entropy(relation(z, queue, temp)) for z in zt.split(64)])
     kl = ressl_loss(zs, zt, queue, ressl.student_temp, temp) - ents.mean()
     fresh = math.nan
-    if self.earlier is not None: fresh = F.cosine_similarity(self.earlier, _teach(net.teacher, self.images)).mean()
+    if self.earlier is not None:
+        with evaluating(net.teacher) as teacher: now = teacher(self.images)
+        fresh = F.cosine_similarity(self.earlier, now).mean()
     vals = (ents.mean(), ents.exp().mean(), kl, feature_std(zs), effective_rank(zs),
             _age(self.joined, int(net.queue.count)), fresh, teacher_distance(net.teacher, net.student))
     return dict(zip(self.names, map(float, vals)))
