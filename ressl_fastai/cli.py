@@ -58,7 +58,7 @@ from . import __version__
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls, encoded_targets, find_data, folder_dls, free_memory
-from .evaluate import (KNNAccuracy, embed, knn_accuracy, linear_accuracy, pixel_features,
+from .evaluate import (KNNAccuracy, knn_accuracy, linear_accuracy, pixel_features,
                                    principal_components)
 from .files import check_writable, hold, make_folder, to_disk, write_text, write_torch, writing
 from .health import HealthMonitor
@@ -293,6 +293,10 @@ class _TimeLeft(Callback):
 # %% ../nbs/12_cli.ipynb #9e57f51c
 _baseline = 10_000,2_500  # images for training and held out, at most, by which baselines are measured
 
+def _embed(learn, dl):
+    "Features and targets, with a bar where somebody watches"
+    with nullcontext() if _at_terminal() else learn.no_bar(): return learn.embed(dl)
+
 def _knn(features, dls):
     "kNN accuracy of what needs no training"
     train,valid = (dl if dl.n<=n else subset(dl, spread(n, dl.n)) for dl,n in zip(dls, _baseline))
@@ -398,7 +402,7 @@ def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur
     strong = strong_tfms(size, scale, flip_p=flip_p, blur_p=blur_p)
     set_seed(seed, reproducible=True)
     dls = _decoded(_dls(data, size, bs, **how), size, gray)
-    learn = ressl_learner(dls, arch, pretrained, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
+    learn = ressl_learner(dls, arch, pretrained=pretrained, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
     return learn,partial(learn.fit_one_cycle, epochs),{}
 
 def _from_recipe(name, data, how, pretrained, **given):
@@ -465,7 +469,7 @@ def _run(learn, fit, out, config, lock=None, report=True):
     show(f"repeat:   {config['command']}")
     if labelled:
         _talk(f"embedding {dls.train.n+dls.valid.n:,} images with a random encoder")
-        random = _knn(partial(embed, random_learn, progress=_at_terminal()), dls)
+        random = _knn(partial(_embed, random_learn), dls)
         config['knn_accuracy'] = {'raw pixels':pixels, 'random encoder':random,
                                   'pretrained encoder':float(history.knn_accuracy.iloc[-1])}
         print(f"\nkNN accuracy on the {dls.valid.n} held-out images")
@@ -530,9 +534,9 @@ def _prepared(encoder, data, size, labels_per_class, protocol, how):
 
 def _scores(learn, random_learn, k, protocol, seed):
     "kNN and linear accuracy of the encoder and of what it must beat"
-    dls,show_bar,res = learn.dls,_at_terminal(),[]
-    features = {'encoder':partial(embed, learn, progress=show_bar),
-                'random encoder':partial(embed, random_learn, progress=show_bar), 'raw pixels':pixel_features}
+    dls,res = learn.dls,[]
+    features = {'encoder':partial(_embed, learn), 'random encoder':partial(_embed, random_learn),
+                'raw pixels':pixel_features}
     for nm,f in features.items():
         _talk(f"{nm}: {dls.train.n+dls.valid.n:,} images")
         (train_x,train_y),(x,y) = f(dls.train),f(dls.valid)
@@ -643,7 +647,7 @@ def _embed_data(encoder, data, size, bs, skip_bad, num_workers):
     learn,loaders = encoder_learner(file, dls),[dl for dl in dls if dl.n]
     n = sum(dl.n for dl in loaders)
     print(f"embedding {n:,} images of {data} with {file}: {state['arch']} at {size} pixels", flush=True)
-    with nullcontext() if _at_terminal() else learn.no_bar(): parts = [learn.embed(dl) for dl in loaders]
+    parts = [_embed(learn, dl) for dl in loaders]
     x,y = torch.cat([x for x,_ in parts]),[] if parts[0][1] is None else torch.cat([y for _,y in parts]).tolist()
     return [str(o) for dl in loaders for o in dl.items],[str(dls.vocab[i]) for i in y] or None,x
 
