@@ -11,8 +11,9 @@ help:  ## this list
 	touch $@
 
 # Notebooks and tests compare arithmetic: they run on the CPU, GPUs are hidden (for pytest in tests/conftest.py). What only a GPU shows comes last, skipped without one.
-test: .venv/.ready  ## the gate: notebooks clean, exports in sync, notebooks run, pytest
+test: .venv/.ready  ## the gate: notebooks clean, exports in sync, the site made, notebooks run, pytest
 	$(BIN)/python tools/check_sync.py
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/site/build.py
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations 15 tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_cuda.py
@@ -29,6 +30,12 @@ outputs: .venv/.ready  ## run every notebook and keep what it shows, then sync
 	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/jupyter-nbconvert --log-level WARN --to notebook --execute --inplace nbs/*.ipynb nbs/*/*.ipynb
 	$(MAKE) sync
 
+docs: .venv/.ready  ## the site in _docs: made, and looked at for dead links, pictures without text and symbols without entry
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/site/build.py
+
+docs-serve: docs  ## show it
+	$(BIN)/python -m http.server --directory _docs 8000
+
 release-check: .venv/.ready  ## sdist, the wheel from it, both checked, installed into an empty environment, README's lines run
 	rm -rf dist build
 	$(BIN)/pip install --quiet --disable-pip-version-check build twine
@@ -39,4 +46,4 @@ release-check: .venv/.ready  ## sdist, the wheel from it, both checked, installe
 clean:  ## remove what can be made again, the environment too
 	rm -rf .venv build dist *.egg-info _docs _proc .pytest_cache
 
-.PHONY: help test demo sync outputs release-check clean
+.PHONY: help test demo sync outputs docs docs-serve release-check clean

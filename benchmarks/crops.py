@@ -1,12 +1,18 @@
-"""Crops of the whole photograph against crops of its shrunk centre: held-out accuracy and cost, with views of 64 pixels.
+"""Crops of the whole photograph against crops of its shrunk centre: held-out accuracy and cost, with views of 64
+pixels.
 
-37 photographs of Debian's wallpaper packages, each cut into 4 x 4 pictures of 3:2, 60 pixels apart, stand for a folder of
-592 photographs of 420 x 280 pixels. The class is the photograph; 4 pictures of each, drawn at random, are held out. A network
-is trained for 60 epochs by each way to load them, three seeds, and its frozen features are judged by kNN and by logistic
-regression with ten labels per class. One JSON line per way and seed in results/crops.jsonl, about 25 minutes of CPU in all.
+37 photographs of Debian's wallpaper packages, each cut into 4 x 4 pictures of 3:2, 60 pixels apart, stand for a
+folder of
+592 photographs of 420 x 280 pixels. The class is the photograph; 4 pictures of each, drawn at random, are held out. A
+network
+is trained for 60 epochs by each way to load them, three seeds, and its frozen features are judged by kNN and by
+logistic
+regression with ten labels per class. One JSON line per way and seed in results/crops.jsonl, about 25 minutes of CPU
+in all.
 
     cd benchmarks; python -W ignore crops.py [--seeds 3] [--epochs 60]
 """
+
 import argparse, tempfile, time
 from pathlib import Path
 
@@ -48,8 +54,11 @@ def save_pictures(folder, n=4, gap=60, shape=(420,280)):
 
 def make_dls(folder, item_tfm, seed):
     files = get_image_files(folder).sorted()
-    held_out = {f for name in sorted({o.parent for o in files})
-                for f in np.random.default_rng([seed, len(name.name)]).choice([o for o in files if o.parent==name], 4, False)}
+    held_out = {
+        f
+        for name in sorted({o.parent for o in files})
+        for f in np.random.default_rng([seed, len(name.name)]).choice([o for o in files if o.parent == name], 4, False)
+    }
     block = DataBlock((ImageBlock,CategoryBlock), get_items=lambda o: files, get_y=parent_label,
                       splitter=FuncSplitter(held_out.__contains__), item_tfms=item_tfm)
     return block.dataloaders(folder, bs=64, num_workers=0)

@@ -1,8 +1,10 @@
-"""What watching costs: the share of a training's processor time that is spent inside `Guard`, as it is by default, and inside `HealthMonitor`.
+"""What watching costs: the share of a training's processor time that is spent inside `Guard`, as it is by default,
+and inside `HealthMonitor`.
 One JSON line in results/health.jsonl.
 
     .venv/bin/python benchmarks/health.py
 """
+
 import statistics, time
 from functools import partial
 
@@ -34,10 +36,22 @@ def main(n=5):
         cbs,start = (TimedGuard(),TimedMonitor()),time.process_time()
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cbs)
         total = time.process_time()-start
-        if i: res.append((total, *(cb.spent/total for cb in cbs)))   # the first epoch warms up
-    def show(vals, digits): return dict(median=round(statistics.median(vals), digits), min=round(min(vals), digits), max=round(max(vals), digits))
+        if i: res.append((total, *(cb.spent/total for cb in cbs)))  # the first epoch warms up
+
+    def show(vals, digits):
+        return dict(
+            median=round(statistics.median(vals), digits), min=round(min(vals), digits), max=round(max(vals), digits)
+        )
+
     total,guard,monitor = zip(*res)
-    receipt('health', 0, data='digits, 8 pixels, bs 28: an epoch of 51 steps, one look, 360 validation images', repeats=n, epoch_seconds=show(total, 2),
-            guard_share=show(guard, 4), monitor_share=show(monitor, 4))
+    receipt(
+        'health',
+        0,
+        data='digits, 8 pixels, bs 28: an epoch of 51 steps, one look, 360 validation images',
+        repeats=n,
+        epoch_seconds=show(total, 2),
+        guard_share=show(guard, 4),
+        monitor_share=show(monitor, 4),
+    )
 
 if __name__=='__main__': main()

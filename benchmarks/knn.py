@@ -1,8 +1,10 @@
-"""`knn_accuracy`'s search against faiss's exact one (IndexFlatIP): seconds in turns in one process, and peak memory beyond the features, each in its own process. The
+"""`knn_accuracy`'s search against faiss's exact one (IndexFlatIP): seconds in turns in one process, and peak memory
+beyond the features, each in its own process. The
 features are random, normalised. One JSON line in results/knn.jsonl. About a minute.
 
     .venv/bin/pip install -e '.[bench]' && .venv/bin/python benchmarks/knn.py
 """
+
 import argparse
 
 import torch
@@ -38,13 +40,24 @@ def main(shape, rounds):
     args = features(*shape)
     found = {k:f(*args) for k,f in cases.items()}
     t = in_turns({k:lambda f=f: f(*args) for k,f in cases.items()}, rounds, warm=0)
-    receipt('knn', 0, bank=shape[0], queries=shape[1], dim=shape[2], accuracy={k:round(v, 4) for k,v in found.items()}, ms={k:spread(v, 0) for k,v in t.items()},
-            times_faiss=ratio(t['ours'], t['faiss']), mb=peaks(cases, *shape))
+    receipt(
+        'knn',
+        0,
+        bank=shape[0],
+        queries=shape[1],
+        dim=shape[2],
+        accuracy={k: round(v, 4) for k, v in found.items()},
+        ms={k: spread(v, 0) for k, v in t.items()},
+        times_faiss=ratio(t['ours'], t['faiss']),
+        mb=peaks(cases, *shape),
+    )
 
 if __name__=='__main__':
     answer_peak(memory)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--shape', type=int, nargs=3, default=[60_000,10_000,512], help="features in the bank, queries, width")
+    p.add_argument(
+        '--shape', type=int, nargs=3, default=[60_000, 10_000, 512], help="features in the bank, queries, width"
+    )
     p.add_argument('--rounds', type=int, default=3)
     args = p.parse_args()
     main(args.shape, args.rounds)

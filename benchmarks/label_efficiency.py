@@ -1,23 +1,28 @@
-"""How many labels does pretraining save? Fashion-MNIST, and emoji pictures of two vendors; one JSON line per run in results/label_efficiency.jsonl.
+"""How many labels does pretraining save? Fashion-MNIST, and emoji pictures of two vendors; one JSON line per run in
+results/label_efficiency.jsonl.
 
     .venv/bin/python benchmarks/label_efficiency.py emoji      # needs two npm packages, see common.py
     .venv/bin/python benchmarks/label_efficiency.py fashion    # needs Debian's dataset-fashion-mnist
 
-emoji: pretrained on the 7,572 pictures of both vendors at 32 pixels, without labels; then labels for one vendor's pictures, tested on the other's, both ways. The nine
-categories are those with more than five pictures. fashion: pretrained on the first 10,000 training images at 28 pixels, tested on the first 2,000 test images.
+emoji: pretrained on the 7,572 pictures of both vendors at 32 pixels, without labels; then labels for one vendor's
+pictures, tested on the other's, both ways. The nine
+categories are those with more than five pictures. fashion: pretrained on the first 10,000 training images at 28
+pixels, tested on the first 2,000 test images.
 Encoders are kept in /tmp/label_efficiency (or $ENCODERS):
 a run that is repeated takes them from there. Few cores: --seeds 0 --labels 10 is the shortest.
 """
+
 import json, os, time
 from pathlib import Path
 
 import numpy as np
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImage, PILImageBW, aug_transforms, set_seed
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImage, PILImageBW,
+                               aug_transforms, set_seed)
 from fastcore.script import call_parse
 
 from common import emoji, fashion_mnist, receipt
 from ressl_fastai.evaluate import embed, knn_accuracy, pixel_features
-from ressl_fastai.label_efficiency import label_efficiency, label_rows
+from ressl_fastai.label_efficiency import label_rows
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.transfer import encoder_learner
 from ressl_fastai.models import small_resnet
@@ -25,8 +30,13 @@ from ressl_fastai.views import strong_tfms, weak_tfms
 
 folder = Path(os.environ.get('ENCODERS', '/tmp/label_efficiency'))
 settings = dict(
-    emoji=dict(size=32, epochs=24, lr=2e-3, scale=(0.2,1.), flip_p=0.5, jitter=(0.4,0.4,0.4,0.1), gray_p=0.2, blur_p=0.5),
-    fashion=dict(size=28, epochs=15, lr=2e-3, scale=(0.4,1.), flip_p=0.5, jitter=(0.4,0.4,0.,0.), gray_p=0., blur_p=0.2))
+    emoji=dict(
+        size=32, epochs=24, lr=2e-3, scale=(0.2, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), gray_p=0.2, blur_p=0.5
+    ),
+    fashion=dict(
+        size=28, epochs=15, lr=2e-3, scale=(0.4, 1.0), flip_p=0.5, jitter=(0.4, 0.4, 0.0, 0.0), gray_p=0.0, blur_p=0.2
+    ),
+)
 
 def arrays(data):
     "Images that are pretrained on, then for each task its name, training images and labels, test images and labels"
@@ -36,12 +46,18 @@ def arrays(data):
     pics = {v:emoji(v) for v in ('twitter','google')}
     keep = {v:y!='Component' for v,(_,y,_) in pics.items()}   # five pictures of hair and skin
     def of(v): return pics[v][0][keep[v]],pics[v][1][keep[v]]
-    return np.concatenate([x for x,_,_ in pics.values()]),[(f'label {a}, test {b}', *of(a), *of(b)) for a,b in (('twitter','google'),('google','twitter'))]
+
+    return np.concatenate([x for x, _, _ in pics.values()]), [
+        (f'label {a}, test {b}', *of(a), *of(b)) for a, b in (('twitter', 'google'), ('google', 'twitter'))
+    ]
+
 
 def image_dls(x, valid, y=None, **kwargs):
     "`DataLoaders` of an array of images, those at `valid` for validation"
     blocks = [ImageBlock(PILImageBW if x.ndim==3 else PILImage)] + [CategoryBlock]*(y is not None)
-    block = DataBlock(blocks, get_x=x.__getitem__, get_y=None if y is None else y.__getitem__, splitter=IndexSplitter(valid), **kwargs)
+    block = DataBlock(
+        blocks, get_x=x.__getitem__, get_y=None if y is None else y.__getitem__, splitter=IndexSplitter(valid), **kwargs
+    )
     return block.dataloaders(range(len(x)), bs=64, num_workers=0)
 
 def pretrain(data, x, seed):
@@ -53,7 +69,15 @@ def pretrain(data, x, seed):
         set_seed(seed, reproducible=True)
         weak = weak_tfms(s['size'], s['scale'], flip_p=s['flip_p'])
         strong = strong_tfms(s['size'], **{k:s[k] for k in ('scale','flip_p','jitter','gray_p','blur_p')})
-        learn = ressl_learner(image_dls(x, range(64)), small_resnet, stem='small_pool', weak_tfms=weak, strong_tfms=strong, n_hidden=512, queue_size=1024)
+        learn = ressl_learner(
+            image_dls(x, range(64)),
+            small_resnet,
+            stem='small_pool',
+            weak_tfms=weak,
+            strong_tfms=strong,
+            n_hidden=512,
+            queue_size=1024,
+        )
         start = time.time(),time.process_time()
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(s['epochs'], s['lr'])
         learn.save_encoder(file)
@@ -79,13 +103,38 @@ def main(
     for seed in map(int, seeds.split(',')):
         file,seconds = pretrain(data, x, seed)
         for nm,tx,ty,vx,vy in tasks:
-            tfms = aug_transforms(size=settings[data]['size'], max_rotate=10., max_zoom=1.2, max_lighting=0.2, max_warp=0.)
-            dls = image_dls(np.concatenate([tx,vx]), range(len(tx), len(tx)+len(vx)), np.concatenate([ty,vy]), batch_tfms=tfms)
+            tfms = aug_transforms(
+                size=settings[data]['size'], max_rotate=10.0, max_zoom=1.2, max_lighting=0.2, max_warp=0.0
+            )
+            dls = image_dls(
+                np.concatenate([tx, vx]), range(len(tx), len(tx) + len(vx)), np.concatenate([ty, vy]), batch_tfms=tfms
+            )
             learn = encoder_learner(file, dls)
             random_learn,start = encoder_learner(file, dls, trained=False),time.time()
-            feats = {'pretrained':lambda dl: embed(learn, dl), 'random encoder':lambda dl: embed(random_learn, dl), 'raw pixels':pixel_features}
+            feats = {
+                'pretrained': lambda dl: embed(learn, dl),
+                'random encoder': lambda dl: embed(random_learn, dl),
+                'raw pixels': pixel_features,
+            }
             full = {k:quality(f(dls.train), f(dls.valid)) for k,f in feats.items()}
-            few = label_efficiency(learn, dls, labels, seeds=(seed,), rows=rows, n_steps=steps)
-            tables = {c: few.pivot(index='labels', columns='row', values=c).to_dict() for c in ('accuracy','balanced_accuracy')}
-            receipt('label_efficiency', seed, data=data, task=nm, n_pretrain=len(x), n_train=len(tx), n_test=len(vx), settings=settings[data], steps=steps,
-                    pretrain_seconds=seconds[0], pretrain_cpu_seconds=seconds[1], seconds=round(time.time()-start), all_labels=rounded(full), **rounded(tables))
+            few = learn.label_efficiency(dls, labels, seeds=(seed,), rows=rows, n_steps=steps)
+            tables = {
+                c: few.pivot(index='labels', columns='row', values=c).to_dict()
+                for c in ('accuracy', 'balanced_accuracy')
+            }
+            receipt(
+                'label_efficiency',
+                seed,
+                data=data,
+                task=nm,
+                n_pretrain=len(x),
+                n_train=len(tx),
+                n_test=len(vx),
+                settings=settings[data],
+                steps=steps,
+                pretrain_seconds=seconds[0],
+                pretrain_cpu_seconds=seconds[1],
+                seconds=round(time.time() - start),
+                all_labels=rounded(full),
+                **rounded(tables),
+            )

@@ -1,8 +1,10 @@
-"""The relational loss as attention against the published formula: seconds for forward and backward, side by side in one process, and peak memory beyond
+"""The relational loss as attention against the published formula: seconds for forward and backward, side by side in
+one process, and peak memory beyond
 the embeddings, each case in its own process. One JSON line per shape in results/loss.jsonl.
 
     .venv/bin/python benchmarks/loss.py
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -38,7 +40,17 @@ def main():
     for bs,size,dim in shapes:
         args = embeddings(bs, size, dim)
         t = in_turns({k:lambda loss=loss: step(loss, *args) for k,loss in losses.items()}, 15 if size<30000 else 5)
-        receipt('loss', 0, bs=bs, queue_size=size, dim=dim, ms={k:spread(v) for k,v in t.items()}, mb=peaks(losses, bs, size, dim), speedup=ratio(t['published'], t['ours']))
+        receipt(
+            'loss',
+            0,
+            bs=bs,
+            queue_size=size,
+            dim=dim,
+            ms={k: spread(v) for k, v in t.items()},
+            mb=peaks(losses, bs, size, dim),
+            speedup=ratio(t['published'], t['ours']),
+        )
+
 
 if __name__=='__main__':
     answer_peak(memory)

@@ -24,7 +24,8 @@ class Stop(Callback):
     def after_batch(self):
         own,system,children,children_system,_ = os.times()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
-        print(json.dumps(dict(cpu_s=round(own+system, 1), workers_cpu_s=round(children+children_system, 1), peak_mb=peak)))
+        workers = round(children+children_system, 1)
+        print(json.dumps(dict(cpu_s=round(own+system, 1), workers_cpu_s=workers, peak_mb=peak)))
         sys.stdout.flush()
         os._exit(0)
 
@@ -33,6 +34,7 @@ cli.Checkpoint = lambda folder: [checkpoint(folder), Stop()]
 how = dict(arch='small_resnet', size=int(sys.argv[3]), bs=64, epochs=1, num_workers=0, no_report=True)
 cli.ressl_pretrain(sys.argv[1], out=sys.argv[2], **how)
 '''
+
 
 def make_files(folder, n, side=64, classes=20):
     "`n` JPEG files, pieces of scikit-learn's two photographs, in class folders"
@@ -59,5 +61,14 @@ def main(
         for i in range(times):  # in another folder: Python looks for packages there first
             args = [sys.executable, '-W', 'ignore', '-c', child, tmp/'images', tmp/f'run{i}', str(size)]
             res = subprocess.run(args, cwd=tmp, env=env, stdout=subprocess.PIPE, text=True, check=True)
-            code = subprocess.run(['git', '-C', tree or root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
-            receipt('startup', n=n, size=size, start=i+1, tree=code.stdout.strip(), **json.loads(res.stdout.splitlines()[-1]))
+            code = subprocess.run(
+                ['git', '-C', tree or root, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True
+            )
+            receipt(
+                'startup',
+                n=n,
+                size=size,
+                start=i + 1,
+                tree=code.stdout.strip(),
+                **json.loads(res.stdout.splitlines()[-1]),
+            )

@@ -1,12 +1,17 @@
-"""One training step of `ressl_learner`, end to end, against the floor: the student's forward and backward, a plain optimizer step and the teacher's forward on
-ready tensors of the same type and layout. A few steps of each in turns, in one process per configuration; one JSON line each in results/step.jsonl.
+"""One training step of `ressl_learner`, end to end, against the floor: the student's forward and backward, a plain
+optimizer step and the teacher's forward on
+ready tensors of the same type and layout. A few steps of each in turns, in one process per configuration; one JSON
+line each in results/step.jsonl.
 
-    .venv/bin/python benchmarks/step.py                        # the two that have bars: 32 px with a 3x3 stem, 64 px; about 7 minutes on 2 cores
+    .venv/bin/python benchmarks/step.py                        # the two that have bars: 32 px with a 3x3 stem, 64
+    px; about 7 minutes on 2 cores
     .venv/bin/python benchmarks/step.py resnet50 mobilenet vit  # others, 10 minutes
 
-`parts` is where a step's time goes, from torch.profiler in steps of their own: data is the look-up, other is fastai's and our callbacks, recorder and loop, as seen by the
+`parts` is where a step's time goes, from torch.profiler in steps of their own: data is the look-up, other is fastai's
+and our callbacks, recorder and loop, as seen by the
 profiler, which slows it. `overhead_ms` is the same without the profiler: steps in which every other part does nothing.
 fastai writes zeros into the gradients, which is a part, zero_grad."""
+
 import argparse, gc, io, statistics, time
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
@@ -24,10 +29,13 @@ from ressl_fastai.feature_queue import FeatureQueue
 from ressl_fastai.learner import ressl_learner
 
 configs = dict(
-    resnet18_32=dict(arch=tvm.resnet18, size=32, steps=3), resnet18_64=dict(arch=tvm.resnet18, size=64, steps=4),
+    resnet18_32=dict(arch=tvm.resnet18, size=32, steps=3),
+    resnet18_64=dict(arch=tvm.resnet18, size=64, steps=4),
     resnet18_32_standard=dict(arch=tvm.resnet18, size=32, steps=6, stem='standard'),
-    resnet50=dict(arch=tvm.resnet50, size=224, bs=16, steps=1, rounds=3), mobilenet=dict(arch=tvm.mobilenet_v3_small, size=64, steps=5),
-    vit=dict(arch='vit_tiny_patch16_224', size=64, steps=4, kw=dict(img_size=64, patch_size=8)))
+    resnet50=dict(arch=tvm.resnet50, size=224, bs=16, steps=1, rounds=3),
+    mobilenet=dict(arch=tvm.mobilenet_v3_small, size=64, steps=5),
+    vit=dict(arch='vit_tiny_patch16_224', size=64, steps=4, kw=dict(img_size=64, patch_size=8)),
+)
 
 class Stamps(Callback):
     "When each batch is done; stops after `n`"
@@ -40,7 +48,8 @@ class Stamps(Callback):
         if len(self.times)>self.n: raise CancelFitException
 
 def steps(learn, n, bar=False):
-    "Seconds of each of `n` steps of `learn`, the first not counted: from the end of one batch to the end of the next, all that fastai does included"
+    """Seconds of each of `n` steps of `learn`, the first not counted: from the end of one batch to the end of the
+    next, all that fastai does included"""
     stamps = Stamps(n)
     with nullcontext() if bar else learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=stamps)
     return np.diff(stamps.times).tolist()
@@ -51,9 +60,13 @@ def arch(name, config):
     return timm.create_model(config['arch'], pretrained=False, num_classes=0, **config['kw'])
 
 def make(name, precision, bs=64, queue_size=1024, n=None, stem='auto', **config):
-    torch.manual_seed(0); np.random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)
     dls = tensor_dls(photographs(n or bs*(config.get('steps', 4)+2), config['size']), valid_pct=0, bs=bs)
-    return ressl_learner(dls, arch(name, config), stem=stem, queue_size=min(queue_size, dls.train.n), precision=precision, metrics=[])
+    return ressl_learner(
+        dls, arch(name, config), stem=stem, queue_size=min(queue_size, dls.train.n), precision=precision, metrics=[]
+    )
+
 
 class Floor:
     "Networks alone"
@@ -71,11 +84,17 @@ class Floor:
             z = self.model(self.x)
             with torch.no_grad(): self.model.teacher(self.x)
         (z.float()*self.x.mean()).sum().backward()
-        self.opt.step(); self.opt.zero_grad()
+        self.opt.step()
+        self.opt.zero_grad()
+
 
 def memory(case, name, precision):
     "Megabytes that the networks, their optimizer and a few steps take"
-    def ours(): learn = make(name, precision, **configs[name]); steps(learn, 2)
+
+    def ours():
+        learn = make(name, precision, **configs[name])
+        steps(learn, 2)
+
     def floor():
         f = Floor(make(name, precision, **configs[name]), precision)
         gc.collect()
@@ -92,14 +111,25 @@ def measure(learn, floor, n, rounds):
     ours,bare = [],[]
     for i in range(rounds+1):
         a,b = statistics.mean(steps(learn, n)),statistics.mean(timed(floor) for _ in range(n))
-        if i: ours.append(a); bare.append(b)
+        if i:
+            ours.append(a)
+            bare.append(b)
     return ours,bare
 
 def named(learn):
     "Where each part of a step is: the object and the name of the function"
-    return dict(views=(callback.ReSSL, '_view'), teacher=(callback.ReSSL, '_teach'), loss=(callback.ReSSL, '_loss'), ema=(callback, 'update_teacher'),
-                queue=(FeatureQueue, 'enqueue'), optimizer=(type(learn.opt), 'step'), zero_grad=(type(learn.opt), 'zero_grad'), student=(type(learn.model), 'forward'),
-                data=(type(learn.dls.train), 'create_batches'), backward=(torch.Tensor, 'backward'))
+    return dict(
+        views=(callback.ReSSL, '_view'),
+        teacher=(callback.ReSSL, '_teach'),
+        loss=(callback.ReSSL, '_loss'),
+        ema=(callback, 'update_teacher'),
+        queue=(FeatureQueue, 'enqueue'),
+        optimizer=(type(learn.opt), 'step'),
+        zero_grad=(type(learn.opt), 'zero_grad'),
+        student=(type(learn.model), 'forward'),
+        data=(type(learn.dls.train), 'create_batches'),
+        backward=(torch.Tensor, 'backward'),
+    )
 
 @contextmanager
 def patched(learn, replace):
@@ -111,14 +141,26 @@ def patched(learn, replace):
         for p in patches: p.stop()
 
 def overhead(name, precision, n=60, **config):
-    "Milliseconds per step of fastai's loop, callbacks, recorder and progress bar, ours included: a training in which every part does nothing"
+    """Milliseconds per step of fastai's loop, callbacks, recorder and progress bar, ours included: a training in
+    which every part does nothing"""
     learn = make(name, precision, n=config.get('bs', 64)*(n+2), **config)
     steps(learn, 1)
     batch = next(iter(learn.dls.train.create_batches(range(learn.dls.train.bs))))
     pred = torch.zeros(learn.dls.train.bs, learn.model.queue.feats.shape[1], requires_grad=True)
-    def loss(self, pred, *yb): self.restore_loss(); return pred.mean()
-    idle = dict(views=lambda self, x, tfms: x, teacher=lambda self, x: pred.detach(), student=lambda self, *x: pred, loss=loss, data=lambda self, samps: repeat(batch))
-    with patched(learn, lambda k,f: idle.get(k, lambda *args, **kwargs: None)), redirect_stdout(io.StringIO()): seconds = steps(learn, n, bar=True)
+
+    def loss(self, pred, *yb):
+        self.restore_loss()
+        return pred.mean()
+
+    idle = dict(
+        views=lambda self, x, tfms: x,
+        teacher=lambda self, x: pred.detach(),
+        student=lambda self, *x: pred,
+        loss=loss,
+        data=lambda self, samps: repeat(batch),
+    )
+    with patched(learn, lambda k, f: idle.get(k, lambda *args, **kwargs: None)), redirect_stdout(io.StringIO()):
+        seconds = steps(learn, n, bar=True)
     return round(1e3*statistics.median(seconds), 2)
 
 def parts(learn, n):
@@ -152,11 +194,25 @@ def run(name, precision, rounds):
     floor = Floor(learn, precision)
     ours,bare = measure(learn, floor, config['steps'], rounds or config.get('rounds', 7))
     bs = learn.dls.train.bs
-    receipt('step', 0, config=name, precision=precision, layout='channels_last' if learn.precision.channels_last else 'contiguous', bs=bs, size=config['size'],
-            images_per_second=round(bs/statistics.median(ours), 1), floor_images_per_second=round(bs/statistics.median(bare), 1), times_the_floor=ratio(ours, bare),
-            rounds=[round(a/b, 3) for a,b in zip(ours, bare)], ms=dict(ours=spread(ours), floor=spread(bare)),
-            mb=peaks(('ours','floor'), name, precision), parts=parts(learn, config['steps']), overhead_ms=(ms := overhead(name, precision, **config)),
-            overhead_share=round(ms/1e3/statistics.median(ours), 4), read_back=syncs(learn))
+    receipt(
+        'step',
+        0,
+        config=name,
+        precision=precision,
+        layout='channels_last' if learn.precision.channels_last else 'contiguous',
+        bs=bs,
+        size=config['size'],
+        images_per_second=round(bs / statistics.median(ours), 1),
+        floor_images_per_second=round(bs / statistics.median(bare), 1),
+        times_the_floor=ratio(ours, bare),
+        rounds=[round(a / b, 3) for a, b in zip(ours, bare)],
+        ms=dict(ours=spread(ours), floor=spread(bare)),
+        mb=peaks(('ours', 'floor'), name, precision),
+        parts=parts(learn, config['steps']),
+        overhead_ms=(ms := overhead(name, precision, **config)),
+        overhead_share=round(ms / 1e3 / statistics.median(ours), 4),
+        read_back=syncs(learn),
+    )
     gc.collect()
 
 if __name__=='__main__':

@@ -24,10 +24,11 @@
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 - `ressl_fastai.same_fit`: Is it the same training? Settings and data as they can be kept, compared by name, and the split that is continued.
+- `ressl_fastai.signs`: Coloured pictures with honest labels that need no download: signs of Unicode, to try everything on.
 - `ressl_fastai.teacher`: The teacher: an exponential moving average of the student that no gradient reaches.
 - `ressl_fastai.training_state`: Everything that a fit changes, to be kept on disk, or to be put back as if nothing had been.
 - `ressl_fastai.transfer`: The encoder is learnt: keep it in a file, make a classifier of it in one line, or put it into any fastai learner.
 - `ressl_fastai.views`: Weakly and strongly augmented views of a whole batch at once, where every image draws its own random numbers.
-- `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code and of solo-learn."""
+- `ressl_fastai.weights`: Encoders from the checkpoints of the official ReSSL code, of solo-learn, lightly and stable-pretraining."""
 
 __version__ = "0.0.1"

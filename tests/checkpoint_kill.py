@@ -1,6 +1,9 @@
-"""Run by test_checkpoint.py in a process of its own: trainings that are killed with SIGKILL again and again. Forks, so that fastai is imported once.
+"""Run by test_checkpoint.py in a process of its own: trainings that are killed with SIGKILL again and again. Forks,
+so that fastai is imported once.
 
-`python tests/checkpoint_kill.py FOLDER 20` kills 20 times in a pseudo-terminal, and nothing else; benchmarks/results/kill.jsonl has a line of it."""
+`python tests/checkpoint_kill.py FOLDER 20` kills 20 times in a pseudo-terminal, and nothing else;
+benchmarks/results/kill.jsonl has a line of it."""
+
 import json, os, pty, random, select, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -23,28 +26,41 @@ def train(folder, before=None):
     if pid := os.fork(): return pid
     try:
         if before: before()
-        seed = os.getpid() if any((tmp/folder).glob('epoch_*.pth')) else 0  # the beginning alone is in the script's hands
+        seed = (
+            os.getpid() if any((tmp / folder).glob('epoch_*.pth')) else 0
+        )  # the beginning alone is in the script's hands
         torch.save(everything(fit(make(seed), cbs=Checkpoint(tmp/folder, every=1))), tmp/f'{folder}.pt')
-    except BaseException as e: print(folder, repr(e), flush=True); os._exit(1)
+    except BaseException as e:
+        print(folder, repr(e), flush=True)
+        os._exit(1)
     os._exit(0)
 
 def ends(pid):
     "How the child ended: 0, an exit status, or minus the signal"
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-# in a terminal: with bar, loggers, monitors, accumulated gradients, multi-crop, processes that load or a cache, and a split without a seed
+# in a terminal: with bar, loggers, monitors, accumulated gradients, multi-crop, processes that load or a cache, and a
+# split without a seed
 
 def in_terminal(folder, workers, seconds=None, checkpoint=True):
     "Train in a child with a terminal of its own, kill it after some seconds; how it ended and what it showed"
     pid,fd = pty.fork()
     if pid==0:
         try:
-            seed = os.getpid() if any((tmp/folder/'state').glob('*.pth')) else 0  # the beginning alone is in the script's hands
-            random.seed(seed); torch.manual_seed(seed)
+            seed = (
+                os.getpid() if any((tmp / folder / 'state').glob('*.pth')) else 0
+            )  # the beginning alone is in the script's hands
+            random.seed(seed)
+            torch.manual_seed(seed)
             dls = from_folder(tmp/'images', None, num_workers=2*workers)
             if not workers: dls = cached_dls(dls, tmp/folder/'cache')
-            torch.save(train_all(tmp/folder, seed, dls, *[Checkpoint(tmp/folder/'state', every=1)]*checkpoint), tmp/f'{folder}.pt')
-        except BaseException as e: print(folder, repr(e), flush=True); os._exit(1)
+            torch.save(
+                train_all(tmp / folder, seed, dls, *[Checkpoint(tmp / folder / 'state', every=1)] * checkpoint),
+                tmp / f'{folder}.pt',
+            )
+        except BaseException as e:
+            print(folder, repr(e), flush=True)
+            os._exit(1)
         os._exit(0)
     until,shown = time.time()+(seconds or 600),b''
     while time.time()<until:
@@ -57,7 +73,8 @@ def in_terminal(folder, workers, seconds=None, checkpoint=True):
     return how,shown.decode()
 
 def kill_in_terminals(most, seed=0):
-    "Kills at random moments of runs by turns with processes that load and with a cache; every run must end in the bits of the one that nobody killed"
+    """Kills at random moments of runs by turns with processes that load and with a cache; every run must end in the
+    bits of the one that nobody killed"""
     write_digits(tmp/'images')
     rng,kills,runs,moments,wholes = random.Random(seed),0,0,[],[]
     for workers in (True,False):
@@ -83,9 +100,23 @@ def kill_in_terminals(most, seed=0):
 
 if len(sys.argv)>2:
     import fastai
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    print(json.dumps(dict(command='python tests/checkpoint_kill.py FOLDER '+sys.argv[2], seed=0, commit=commit, torch=torch.__version__, fastai=fastai.__version__,
-                          python=sys.version.split()[0], **kill_in_terminals(int(sys.argv[2])))))
+
+    commit = subprocess.run(
+        ['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    print(
+        json.dumps(
+            dict(
+                command='python tests/checkpoint_kill.py FOLDER ' + sys.argv[2],
+                seed=0,
+                commit=commit,
+                torch=torch.__version__,
+                fastai=fastai.__version__,
+                python=sys.version.split()[0],
+                **kill_in_terminals(int(sys.argv[2])),
+            )
+        )
+    )
     sys.exit()
 kill_in_terminals(4)
 
@@ -110,8 +141,11 @@ class Half:
     "A file that takes half of what it should"
     def __init__(self, f): self.f,self.left = f,20_000
     def write(self, b):
-        self.f.write(bytes(b)[:self.left]); self.left -= len(b)
-        if self.left<0: self.f.flush(); kill()
+        self.f.write(bytes(b)[: self.left])
+        self.left -= len(b)
+        if self.left < 0:
+            self.f.flush()
+            kill()
         return len(b)
 
 def nth(n, f, then):
@@ -124,6 +158,7 @@ def no_name():   Path.replace = nth(5, replace, lambda *_: kill())
 def just_named():Path.replace = nth(6, replace, lambda *args: (replace(*args), kill()))
 def two_many():  Path.unlink = nth(3, unlink, lambda *_: kill())
 
-for where in (half, no_name, just_named, two_many): assert (how := ends(train('saving', where)))==-signal.SIGKILL, (where, how)
+for where in (half, no_name, just_named, two_many):
+    assert (how := ends(train('saving', where))) == -signal.SIGKILL, (where, how)
 assert ends(train('saving'))==0
 print(f'{kills} kills at random moments of {len(runs)} runs of {length:.1f} s')

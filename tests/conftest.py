@@ -1,4 +1,6 @@
-"""Where tests run: on the CPU with every GPU hidden, whatever the machine has, since what they compare is arithmetic. A GPU is left in sight for `pytest tests/test_cuda.py` alone."""
+"""Where tests run: on the CPU with every GPU hidden, whatever the machine has, since what they compare is
+arithmetic. A GPU is left in sight for `pytest tests/test_cuda.py` alone."""
+
 import os, pytest, sys, warnings
 from pathlib import Path
 
@@ -7,12 +9,14 @@ def only_cuda(args):
     asked = [Path(arg.split('::')[0]) for arg in args]
     return {o.name for o in asked if o.exists()}=={'test_cuda.py'}
 
-if not only_cuda(sys.argv[1:]): os.environ['CUDA_VISIBLE_DEVICES'] = ''  # before CUDA starts; processes that tests start inherit it
+if not only_cuda(sys.argv[1:]):
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # before CUDA starts; processes that tests start inherit it
 
 import torch
 from fastai.torch_core import default_device
 
-if os.environ.get('CUDA_VISIBLE_DEVICES')=='': default_device(use=False)  # fastai's own choice, also where PyTorch knows other accelerators
+if os.environ.get('CUDA_VISIBLE_DEVICES') == '':
+    default_device(use=False)  # fastai's own choice, also where PyTorch knows other accelerators
 
 
 def pytest_configure(config): config.addinivalue_line('markers', 'cuda: needs a CUDA device')
@@ -20,7 +24,12 @@ def pytest_configure(config): config.addinivalue_line('markers', 'cuda: needs a 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker('cuda') and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device in sight: `pytest tests/test_cuda.py`, alone, on a machine that has one"))
+            item.add_marker(
+                pytest.mark.skip(
+                    reason="no CUDA device in sight: `pytest tests/test_cuda.py`, alone, on a machine that has one"
+                )
+            )
+
 
 @pytest.fixture(autouse=True, scope='session')
 def float32_on_every_cpu():

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.evaluate import embed, fit_logistic
-from ressl_fastai.label_efficiency import _fresh, label_efficiency
+from ressl_fastai.label_efficiency import _fresh
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import Encoder, create_encoder, small_resnet
 
@@ -31,7 +31,11 @@ def features(net, x): return net.eval()(x)
 
 class Maps(nn.Module):
     "Convolutions whose maps come with their channels last"
-    def __init__(self): super().__init__(); self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
     def forward(self, x): return self.conv(x).permute(0, 2, 3, 1)
 
 @pytest.mark.parametrize('size', [32, (32,64), (48,20), 5])
@@ -186,14 +190,17 @@ def test_a_modules_random_encoder_is_not_the_trained_one():
 
 def test_what_cannot_be_drawn_anew_is_said_before_anything_is_trained(monkeypatch):
     class Token(Own):
-        def __init__(self): super().__init__(); self.token = nn.Parameter(torch.ones(8))
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(8))
+
         def forward(self, x): return self.net(x)+self.token
     token = Token()
     learn = fit(ressl_learner(image_dls(), token, **small))
     monkeypatch.setattr('ressl_fastai.label_efficiency._predictor', lambda *args: pytest.fail('trained'))
     wrong = 'arch must make the network'
     for arch,why in ((token,'Token cannot be drawn anew'), (None,wrong), (net,wrong)):
-        with pytest.raises(ValueError, match=why): label_efficiency(learn, image_dls(), (1,), seeds=1, arch=arch)
+        with pytest.raises(ValueError, match=why): learn.label_efficiency(image_dls(), (1,), seeds=1, arch=arch)
     x = torch.rand(2, 3, 16, 16)
     fresh = _fresh(learn, Token, 0)  # the function that makes it will do
     assert not close(features(learn.model.encoder, x), features(fresh.model.encoder, x))
@@ -237,7 +244,10 @@ def test_a_fifth_that_cannot_hold_every_class(monkeypatch):
     from ressl_fastai import evaluate
     seen = {}
     class Search:
-        def __init__(self, clf, grid, cv): seen['cv'] = cv; self.best_estimator_ = clf
+        def __init__(self, clf, grid, cv):
+            seen['cv'] = cv
+            self.best_estimator_ = clf
+
         def fit(self, x, y):
             parts = next(seen['cv'].split(x, y))
             seen['classes'],seen['held'] = [len(np.unique(y[o])) for o in parts],len(parts[1])

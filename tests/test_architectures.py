@@ -1,8 +1,11 @@
-"Every kind of architecture and number of channels trains for a few steps and hands its encoder over, in both directions."
+"""Every kind of architecture and number of channels trains for a few steps and hands its encoder over, in both
+directions."""
+
 from functools import partial
 
 import numpy as np, pytest, timm, torch, torchvision.models as tv
-from fastai.vision.all import Callback, CategoryBlock, DataBlock, IndexSplitter, TensorImage, TransformBlock, imagenet_stats, vision_learner
+from fastai.vision.all import (Callback, CategoryBlock, DataBlock, IndexSplitter, TensorImage, TransformBlock,
+                               imagenet_stats, vision_learner)
 from fastai.vision.models.xresnet import xresnet18
 from sklearn.datasets import load_sample_images
 from torch import nn
@@ -21,9 +24,22 @@ class Own(nn.Module):
         self.net = nn.Sequential(nn.Conv2d(n_in, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     def forward(self, x): return self.net(x)
 
-archs = dict(resnet18=tv.resnet18, resnet34=tv.resnet34, resnet50=tv.resnet50, efficientnet_b0=tv.efficientnet_b0, mobilenet_v2=tv.mobilenet_v2,
-    mobilenet_v3_large=tv.mobilenet_v3_large, shufflenet_v2=tv.shufflenet_v2_x1_0, convnext_tiny=tv.convnext_tiny, vit=vit, xresnet18=xresnet18,
-    small_resnet=small_resnet, timm_cnn='mobilenetv3_small_050', timm_vit='test_vit', own=Own)
+archs = dict(
+    resnet18=tv.resnet18,
+    resnet34=tv.resnet34,
+    resnet50=tv.resnet50,
+    efficientnet_b0=tv.efficientnet_b0,
+    mobilenet_v2=tv.mobilenet_v2,
+    mobilenet_v3_large=tv.mobilenet_v3_large,
+    shufflenet_v2=tv.shufflenet_v2_x1_0,
+    convnext_tiny=tv.convnext_tiny,
+    vit=vit,
+    xresnet18=xresnet18,
+    small_resnet=small_resnet,
+    timm_cnn='mobilenetv3_small_050',
+    timm_vit='test_vit',
+    own=Own,
+)
 
 def make_dls(n_in=3, size=32, n=12):
     "Pieces of scikit-learn's photographs with `n_in` channels"
@@ -32,7 +48,10 @@ def make_dls(n_in=3, size=32, n=12):
     def get_x(i):
         t,l = rng.integers(0, 300, 2)
         return TensorImage(torch.tensor(np.resize(ims[:,t:t+size,l:l+size], (n_in,size,size)), dtype=torch.float32))
-    block = DataBlock((TransformBlock, CategoryBlock), get_x=get_x, get_y=lambda i: i%2, splitter=IndexSplitter(range(n-4, n)))
+
+    block = DataBlock(
+        (TransformBlock, CategoryBlock), get_x=get_x, get_y=lambda i: i % 2, splitter=IndexSplitter(range(n - 4, n))
+    )
     return block.dataloaders(range(n), bs=4, num_workers=0)
 
 def make(arch, n_in=3, size=32, **kwargs):
@@ -50,7 +69,10 @@ def still(before, m): return {k for k,v in m.named_parameters() if torch.equal(b
 class WithGradient(Callback):
     "Names of the encoder's parameters that got a gradient"
     def before_fit(self): self.names = set()
-    def after_backward(self): self.names |= {k for k,p in self.model.encoder.named_parameters() if p.grad is not None and p.grad.any()}
+
+    def after_backward(self):
+        self.names |= {k for k, p in self.model.encoder.named_parameters() if p.grad is not None and p.grad.any()}
+
 
 def learns(learn):
     "Parameters with a gradient, and of these: those of the student and of the teacher that four steps left alone"
@@ -65,19 +87,35 @@ def test_architecture_trains_and_is_handed_over(nm, tmp_path):
     size = timm.create_model('test_vit').default_cfg['input_size'][-1] if nm=='timm_vit' else 32
     learn = make(archs[nm], size=size, path=tmp_path)
     share,student,teacher = learns(learn)
-    assert share>=(0.8 if nm=='timm_cnn' else 1) and not student and not teacher  # timm's mobilenetv3 keeps a head that maps do not pass through
+    assert (
+        share >= (0.8 if nm == 'timm_cnn' else 1) and not student and not teacher
+    )  # timm's mobilenetv3 keeps a head that maps do not pass through
     learn.save_encoder('enc')
     x,net = torch.rand(2,3,size,size),learn.model.eval()
     other = make(archs[nm], size=size, path=tmp_path, stem=net.encoder.stem)  # into another pretraining,
     with torch.no_grad():
         assert not torch.allclose(other.model.eval().encode(x), net.encode(x))
         torch.testing.assert_close(other.load_encoder('enc').model.encode(x), net.encode(x), rtol=0, atol=0)
-    if nm in ('resnet18','resnet50','efficientnet_b0','convnext_tiny','xresnet18','timm_cnn'):  # and into fastai's own learner
-        clf = vision_learner(make_dls(size=size), archs[nm], pretrained=False, n_out=2, path=tmp_path, normalize=False).load_encoder('enc')
-        with torch.no_grad(): torch.testing.assert_close(create_encoder(clf.model[0]).eval()(x), net.encode(x), rtol=1e-4, atol=1e-5)
+    if nm in (
+        'resnet18',
+        'resnet50',
+        'efficientnet_b0',
+        'convnext_tiny',
+        'xresnet18',
+        'timm_cnn',
+    ):  # and into fastai's own learner
+        clf = vision_learner(
+            make_dls(size=size), archs[nm], pretrained=False, n_out=2, path=tmp_path, normalize=False
+        ).load_encoder('enc')
+        with torch.no_grad():
+            torch.testing.assert_close(create_encoder(clf.model[0]).eval()(x), net.encode(x), rtol=1e-4, atol=1e-5)
         fit(clf, 1)
-        back = make(clf.model[0], size=size)                                                        # and from there back
-        with torch.no_grad(): torch.testing.assert_close(back.model.eval().encode(x), clf.model[0].eval()(x).mean((2,3)), rtol=1e-4, atol=1e-5)
+        back = make(clf.model[0], size=size)  # and from there back
+        with torch.no_grad():
+            torch.testing.assert_close(
+                back.model.eval().encode(x), clf.model[0].eval()(x).mean((2, 3)), rtol=1e-4, atol=1e-5
+            )
+
 
 def test_what_does_not_learn_is_flagged():
     learn = make(tv.resnet18, teacher_momentum=1.)
@@ -92,7 +130,9 @@ def test_any_number_of_channels(nm, n_in, tmp_path):
     assert learn.model.encoder.n_in==n_in and get_normalize(learn.dls).mean.numel()==n_in
     with torch.no_grad(): assert learn.model.eval().encode(torch.rand(2,n_in,32,32)).shape==(2,learn.model.encoder.nf)
     file = learn.save_encoder('enc')
-    with pytest.raises(ValueError, match='does not fit|has [0-9]+ channel'): load_encoder(create_encoder(archs[nm] if nm!='own' else Own(n_in+1), n_in+1, size=32), file)
+    with pytest.raises(ValueError, match='does not fit|has [0-9]+ channel'):
+        load_encoder(create_encoder(archs[nm] if nm != 'own' else Own(n_in + 1), n_in + 1, size=32), file)
+
 
 def test_left_out_colours_are_said_once():
     with pytest.warns(UserWarning, match='images have 4 channels') as said: fit(make(Own, 4))

@@ -1,10 +1,12 @@
-"""Split batch norm against n copies of the layer, or of the whole network, each with one part of the batch, as on n GPUs.
+"""Split batch norm against n copies of the layer, or of the whole network, each with one part of the batch, as on n
+GPUs.
 Every comparison is shown to flag something wrong before it is trusted."""
+
 import pickle
 from copy import deepcopy
 from functools import partial
 
-import pytest, torch, torchvision.models as tv
+import numpy as np, pytest, torch, torchvision.models as tv
 from fastai.layers import BatchNorm1dFlat
 from fastai.torch_core import norm_bias_params
 from fastai.vision.models.xresnet import xresnet18
@@ -33,16 +35,22 @@ def randomized(net):
         for t in (m.bias, m.running_mean): t is None or nn.init.normal_(t)
     return net
 
-def batches(*shape, n=3): return [3*torch.randn(*shape, dtype=torch.double) + torch.randn(shape[0], *[1]*(len(shape)-1)) for _ in range(n)]
+def batches(*shape, n=3):
+    return [
+        3 * torch.randn(*shape, dtype=torch.double) + torch.randn(shape[0], *[1] * (len(shape) - 1)) for _ in range(n)
+    ]
+
 
 def passes(net, xs):
-    "Outputs, and gradients of the inputs, of one training pass for each batch; the parameters' gradients pile up in `net`"
+    """Outputs, and gradients of the inputs, of one training pass for each batch; the parameters' gradients pile up
+    in `net`"""
     outs,grads = [],[]
     for x in xs:
         x = x.detach().clone().requires_grad_()
         y = net(x)
         (y*torch.linspace(-1, 2, y[0].numel(), dtype=y.dtype).view_as(y[0])).pow(2).sum().backward()
-        outs.append(y.detach()); grads.append(x.grad)
+        outs.append(y.detach())
+        grads.append(x.grad)
     return outs,grads
 
 def differences(net, xs, n, make=split, tol=1e-9):
@@ -54,15 +62,33 @@ def differences(net, xs, n, make=split, tol=1e-9):
     for (k,p),*ps in zip(made.named_parameters(), *[c.parameters() for c in copies], strict=True):
         if not close(p.grad, sum(q.grad for q in ps), tol): wrong.append(f'{k}.grad')
     for (k,b),*bs in zip(made.named_buffers(), *[c.buffers() for c in copies], strict=True):
-        if not (close(b, torch.stack(bs).mean(0), tol) if b.is_floating_point() else all(b.equal(o) for o in bs)): wrong.append(k)
+        if not (close(b, torch.stack(bs).mean(0), tol) if b.is_floating_point() else all(b.equal(o) for o in bs)):
+            wrong.append(k)
     return wrong
 
 # one layer
 
-layers = [(nn.BatchNorm1d, (12,5)), (nn.BatchNorm1d, (12,5,3)), (nn.BatchNorm2d, (12,5,3,2)), (nn.BatchNorm3d, (12,5,2,3,2))]
-options = [{}, dict(momentum=0.3), dict(momentum=0.), dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(eps=0.1)]
+layers = [
+    (nn.BatchNorm1d, (12, 5)),
+    (nn.BatchNorm1d, (12, 5, 3)),
+    (nn.BatchNorm2d, (12, 5, 3, 2)),
+    (nn.BatchNorm3d, (12, 5, 2, 3, 2)),
+]
+options = [
+    {},
+    dict(momentum=0.3),
+    dict(momentum=0.0),
+    dict(momentum=None),
+    dict(affine=False),
+    dict(track_running_stats=False),
+    dict(eps=0.1),
+]
 each_layer = pytest.mark.parametrize('cls,shape', layers, ids=['1d','1d-length','2d','3d'])
-each_option = pytest.mark.parametrize('kw', options, ids=lambda kw: '-'.join(f'{k}={v}' for k,v in kw.items()) or 'default')
+each_option = pytest.mark.parametrize(
+    'kw', options, ids=lambda kw: '-'.join(f'{k}={v}' for k, v in kw.items()) or 'default'
+)
+
+
 def layer(cls=nn.BatchNorm2d, **kw): return randomized(cls(5, **kw).double())
 
 @each_layer
@@ -81,10 +107,14 @@ class OtherStats(nn.BatchNorm2d):
         mean,var,count = [torch.stack(o) for o in zip(*stats)]
         if self.how=='averaged': self.put([mean.mean(0), var.mean(0), count[0]])
         elif self.how=='of the first part': self.put(stats[0])
-        elif self.how=='of the whole batch': self.put(old); super().forward(x.detach())
-        elif self.how=='biased':
-            m,share = x.numel()/5/self.n,ifnone(self.momentum, 1/count[0])
-            self.put([mean.mean(0), old[1]*(1-share) + (var.mean(0) - old[1]*(1-share))*(m-1)/m, count[0]])
+        elif self.how == 'of the whole batch':
+            self.put(old)
+            super().forward(x.detach())
+        elif self.how == 'biased':
+            m, share = x.numel() / 5 / self.n, ifnone(self.momentum, 1 / count[0])
+            self.put(
+                [mean.mean(0), old[1] * (1 - share) + (var.mean(0) - old[1] * (1 - share)) * (m - 1) / m, count[0]]
+            )
         return torch.stack(ys, 1).flatten(0, 1)
 
     def put(self, vals):
@@ -101,7 +131,11 @@ def test_other_statistics_are_flagged(momentum):
     assert flagged(lambda m,n: split(m, 2))==['outputs', 'gradients', 'weight.grad', 'bias.grad', 'running_var']
     assert flagged(partial(other_stats, how='averaged'))==[]
     assert flagged(partial(other_stats, how='of the first part'))==['running_mean', 'running_var']
-    assert flagged(partial(other_stats, how='of the whole batch'))==flagged(partial(other_stats, how='biased'))==['running_var']
+    assert (
+        flagged(partial(other_stats, how='of the whole batch'))
+        == flagged(partial(other_stats, how='biased'))
+        == ['running_var']
+    )
     assert 'num_batches_tracked' in flagged(partial(other_stats, how='of one part after the other'))
     if momentum: assert 'running_mean' in flagged(partial(other_stats, how='of one part after the other'))
 
@@ -110,7 +144,9 @@ def test_other_statistics_are_flagged(momentum):
 def test_is_plain_in_evaluation_and_for_one_part(cls, shape, kw):
     bn,(x,) = layer(cls, **kw),batches(*shape, n=1)
     one,many = split(deepcopy(bn), 1),split(deepcopy(bn), 4)
-    assert not torch.equal(many(x), bn(x)) and torch.equal(one(x), deepcopy(bn).train()(x))  # control: training makes a difference
+    assert not torch.equal(many(x), bn(x)) and torch.equal(
+        one(x), deepcopy(bn).train()(x)
+    )  # control: training makes a difference
     many = split(deepcopy(bn), 4)
     assert torch.equal(many.eval()(x[:7]), bn.eval()(x[:7]))                                 # of any size
     assert all(torch.equal(a, b) for a,b in zip(many.buffers(), bn.buffers()))
@@ -146,8 +182,9 @@ def test_low_precision(dtype):
 
 def test_batches_it_cannot_split():
     bn = split(nn.BatchNorm1d(5), 8)
-    for n in (1, 7, 12): # 8 does not divide it
-        with pytest.raises(ValueError, match=f'n_splits=8 must divide the batch, got a batch of {n}'): bn(torch.randn(n, 5))
+    for n in (1, 7, 12):  # 8 does not divide it
+        with pytest.raises(ValueError, match=f'n_splits=8 must divide the batch, got a batch of {n}'):
+            bn(torch.randn(n, 5))
     with pytest.raises(ValueError, match='n_splits=8 parts of a batch of 8'): bn(torch.randn(8, 5))
     with pytest.raises(ValueError, match='expected 2D or 3D'): bn(torch.randn(16, 5, 2, 2))
     split(nn.BatchNorm2d(5), 8)(torch.randn(8, 5, 2, 2))  # an image has more than one value
@@ -157,11 +194,27 @@ def test_batches_it_cannot_split():
 
 class Mixed(nn.Sequential):
     "All three layers of torch in one network"
-    def __init__(self): super().__init__(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.Flatten(3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-        nn.Linear(32, 6), nn.BatchNorm1d(6))
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv3d(3, 4, 3),
+            nn.BatchNorm3d(4),
+            nn.Flatten(3),
+            nn.Conv2d(4, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32, 6),
+            nn.BatchNorm1d(6),
+        )
+
     size = 3,4,4,4
 
-archs = dict(resnet18=tv.resnet18, xresnet18=xresnet18, efficientnet_b0=tv.efficientnet_b0, timm_mobilenet='mobilenetv2_035')
+archs = dict(
+    resnet18=tv.resnet18, xresnet18=xresnet18, efficientnet_b0=tv.efficientnet_b0, timm_mobilenet='mobilenetv2_035'
+)
+
+
 def encoder(nm): return randomized(create_encoder(archs[nm], size=32, stem='standard').double())
 
 @pytest.mark.parametrize('nm', archs)
@@ -172,19 +225,29 @@ def test_is_n_networks_with_a_part_each(nm):
     assert differences(net, xs, 2, tol=1e-6)==[]
 
     but_one,all_split = [split(deepcopy(net), 2) for _ in range(2)]  # control: one layer of many is not split
-    plain(norms(but_one)[10])
+    nm = [k for k,m in but_one.named_modules() if isinstance(m, SplitBatchNorm)][10]
+    but_one.set_submodule(nm, plain(but_one.get_submodule(nm)))
     with torch.no_grad(): assert not close(but_one(xs[0]), all_split(xs[0]), tol=1e-3)
 
 def test_split_teacher_in_the_model():
     "Split with the encoder or later, copied to the teacher, in training with it, averaged with it"
     x = torch.randn(8, 3, 16, 16)
-    early = ReSSLModel(split(create_encoder(tv.resnet18, size=16), 4), queue_size=4, n_hidden=8, dim=4, projector_bn=True, predictor_layers=2)
+    early = ReSSLModel(
+        split(create_encoder(tv.resnet18, size=16), 4),
+        queue_size=4,
+        n_hidden=8,
+        dim=4,
+        projector_bn=True,
+        predictor_layers=2,
+    )
     assert all(isinstance(m, SplitBatchNorm) for m in norms(early.encoder)+norms(early.teacher[0]))
-    assert not any(isinstance(m, SplitBatchNorm) for m in norms(early.projector)+norms(early.predictor)+norms(early.teacher[1]))
+    assert not any(
+        isinstance(m, SplitBatchNorm) for m in norms(early.projector) + norms(early.predictor) + norms(early.teacher[1])
+    )
     split(early, 2)
     assert all(isinstance(m, SplitBatchNorm) and m.n_splits==2 for m in norms(early))
     early.train()
-    assert {type(m).__name__ for m in early.teacher.modules() if m.training}=={'SplitBatchNorm1d', 'SplitBatchNorm2d'}
+    assert {type(m).__name__ for m in early.teacher.modules() if m.training}=={'SplitBatchNorm'}
     z = early.teacher(x)
     other = plain(deepcopy(early)).teacher
     assert not torch.allclose(z, other(x), atol=1e-3)
@@ -201,27 +264,73 @@ def frozen(net):
     return net
 
 def snapshot(net):
-    "All of `net` but the classes of its batch norms and what belongs to these"
-    def tensors(d): return [(k, id(t), t.dtype, getattr(t, 'requires_grad', None), t.detach().double().sum().item()) for k,t in d.items() if t is not None]
+    "All of `net` but which objects its batch norms are, their classes and what belongs to these"
+
+    def tensors(d):
+        return [
+            (k, id(t), t.dtype, getattr(t, 'requires_grad', None), t.detach().double().sum().item())
+            for k, t in d.items()
+            if t is not None
+        ]
+
     own = lambda m: {k:str(v) for k,v in vars(m).items() if k not in ('n_splits', 'process_group') and k[0]!='_'}
-    return {nm: (id(m), own(m), len(m._forward_hooks), tensors(m._parameters), tensors(m._buffers)) for nm,m in net.named_modules()}
+    return {
+        nm: (
+            not isinstance(m, _BatchNorm) and id(m),
+            own(m),
+            len(m._forward_hooks),
+            tensors(m._parameters),
+            tensors(m._buffers),
+        )
+        for nm, m in net.named_modules()
+    }
+
 
 def classes(net): return [(type(m), set(vars(m))) for m in net.modules()]
 
-nets = dict(mixed=Mixed, half=lambda: Mixed().half(), root=lambda: nn.BatchNorm1d(5), none=lambda: nn.Linear(2, 2), act=lambda: BatchNormAct2d(5),
-    tied=lambda: nn.Sequential(*[nn.BatchNorm2d(5, affine=False, momentum=None)]*2, nn.BatchNorm2d(5, track_running_stats=False)),
-    xresnet18=lambda: create_encoder(xresnet18, size=32), timm=lambda: create_encoder('mobilenetv3_small_050', size=32))
+nets = dict(
+    mixed=Mixed,
+    half=lambda: Mixed().half(),
+    root=lambda: nn.BatchNorm1d(5),
+    none=lambda: nn.Linear(2, 2),
+    act=lambda: BatchNormAct2d(5),
+    tied=lambda: nn.Sequential(
+        *[nn.BatchNorm2d(5, affine=False, momentum=None)] * 2, nn.BatchNorm2d(5, track_running_stats=False)
+    ),
+    xresnet18=lambda: create_encoder(xresnet18, size=32),
+    timm=lambda: create_encoder('mobilenetv3_small_050', size=32),
+)
+
 
 @pytest.mark.parametrize('nm', nets)
 def test_there_and_back(nm):
     net = frozen(randomized(nets[nm]()))
     before,types,n = snapshot(net),classes(net),len(norms(net))
-    for kind in ('split', 'sync', 'split', 'plain', 'sync', 'plain', 'plain', 'split', 'split', 'sync', 'sync', 'plain'):
-        assert set_batch_norm(net, kind, n_splits=3) is net
-        assert snapshot(net)==before and len(norms(net))==n
-        assert all(isinstance(m, SplitBatchNorm)==(kind=='split') and isinstance(m, nn.SyncBatchNorm)==(kind=='sync') for m in norms(net))
+    for kind in (
+        'split',
+        'sync',
+        'split',
+        'plain',
+        'sync',
+        'plain',
+        'plain',
+        'split',
+        'split',
+        'sync',
+        'sync',
+        'plain',
+    ):
+        made = set_batch_norm(net, kind, n_splits=3)
+        assert made is net or isinstance(net, _BatchNorm)
+        net = made
+        assert snapshot(net) == before and len(norms(net)) == n
+        assert all(
+            isinstance(m, SplitBatchNorm) == (kind == 'split') and isinstance(m, nn.SyncBatchNorm) == (kind == 'sync')
+            for m in norms(net)
+        )
         assert all(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for m in norms(net))
-        assert (classes(net)==types)==(kind=='plain' or not n)
+        assert (classes(net) == types) == (kind == 'plain' or not n)
+
 
 def test_a_lossy_conversion_is_flagged():
     "torch's own makes new layers, without hooks, and fastai no longer sees that they are norms"
@@ -248,7 +357,9 @@ def test_copied_and_pickled(nm, kind):
     set_batch_norm(net, kind, n_splits=2)
     x = torch.randn(4, *dict(mixed=Mixed.size, act=(5,3,3), timm=(3,32,32))[nm])
     for other in (deepcopy(net), pickle.loads(pickle.dumps(net))):
-        assert classes(other)==classes(net) and not {id(p) for p in other.parameters()} & {id(p) for p in net.parameters()}
+        assert classes(other) == classes(net) and not {id(p) for p in other.parameters()} & {
+            id(p) for p in net.parameters()
+        }
         assert torch.equal(other(x), deepcopy(net)(x))
         assert not any(torch.equal(a, b) for a,b in zip(other.buffers(), net.buffers()))  # its statistics are its own
     assert plain(net).load_state_dict(other.state_dict()) and torch.equal(net.eval()(x), other.eval()(x))
@@ -265,7 +376,8 @@ def test_activations_stay(kind):
     assert (nn.SyncBatchNorm.convert_sync_batchnorm(bn)(x)<0).any()  # control
 
 def test_synchronised_elsewhere():
-    "fastai's `to_distributed` leaves layers that do not tell what they were; numbers and fastai's view of them come back"
+    """fastai's `to_distributed` leaves layers that do not tell what they were; numbers and fastai's view of them
+    come back"""
     net,x = randomized(Mixed().double()),torch.randn(8, *Mixed.size, dtype=torch.double)
     foreign = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(net))
     assert {type(m) for m in norms(set_batch_norm(foreign, 'sync'))}=={nn.SyncBatchNorm}
@@ -284,24 +396,36 @@ def test_refused():
     class Own(nn.BatchNorm2d):
         def forward(self, x): return super().forward(x).relu()
     class Renamed(nn.BatchNorm2d): pass
-    for last,error in ((Own(5), 'Own has a forward of its own'), (BatchNorm1dFlat(5), 'forward of its own'), (nn.LazyBatchNorm2d(), 'no parameters yet')):
+
+    for last, error in (
+        (Own(5), 'Own has a forward of its own'),
+        (BatchNorm1dFlat(5), 'forward of its own'),
+        (nn.LazyBatchNorm2d(), 'no parameters yet'),
+    ):
         net = nn.Sequential(nn.BatchNorm2d(5), last)
         for kind in ('split', 'sync'):
-            with pytest.raises(ValueError, match=error): set_batch_norm(net, kind)
+            with pytest.raises(ValueError, match=error):
+                set_batch_norm(net, kind)
             assert type(net[0]) is nn.BatchNorm2d and type(net[1]) is type(last)
     assert type(plain(nn.Sequential(Own(5)))[0]) is Own
     assert differences(layer(Renamed), batches(12, 5, 3, 2), 3)==[]
     for kind in ('Split', '', None):
-        with pytest.raises(ValueError, match='kind must be one of plain, split, sync, got'): set_batch_norm(nn.BatchNorm2d(5), kind)
+        with pytest.raises(ValueError, match='kind must be one of plain, split, sync, got'):
+            set_batch_norm(nn.BatchNorm2d(5), kind)
     for n in (0, -1, 2.0, None):
         with pytest.raises(ValueError, match='n_splits must be'): set_batch_norm(nn.BatchNorm2d(5), 'split', n)
+    assert set_batch_norm(nn.BatchNorm2d(5), 'split', np.int64(2)).n_splits==2
 
 # shuffled
 
 def wrong_order(shuffled):
     "Whether rows go to others than their own, or gradients do, or nothing is shuffled, on `shuffled`"
     x,seen,wrong = torch.randn(20, 3, requires_grad=True),[],[]
-    def f(o): seen.append(o.detach()); return o*o
+
+    def f(o):
+        seen.append(o.detach())
+        return o * o
+
     for _ in range(3): y = shuffled(f, x)
     if not torch.equal(y, x*x): wrong.append('rows')
     y[4].sum().backward()
@@ -313,17 +437,28 @@ def wrong_order(shuffled):
 def test_shuffled():
     assert wrong_order(shuffled)==[]
 
-    def undone_wrongly(f, x): perm = torch.randperm(len(x)); return f(x[perm])[perm]
-    def always_the_same(f, x): perm = torch.arange(len(x)).flip(0); return f(x[perm])[perm]
-    def drawn_with_replacement(f, x): perm = torch.randint(len(x), (len(x),)); return f(x[perm])[perm.argsort()]
+    def undone_wrongly(f, x):
+        perm = torch.randperm(len(x))
+        return f(x[perm])[perm]
+
+    def always_the_same(f, x):
+        perm = torch.arange(len(x)).flip(0)
+        return f(x[perm])[perm]
+
+    def drawn_with_replacement(f, x):
+        perm = torch.randint(len(x), (len(x),))
+        return f(x[perm])[perm.argsort()]
+
     assert wrong_order(undone_wrongly)==['rows', 'gradients']
     assert wrong_order(always_the_same)==wrong_order(lambda f,x: f(x))==['order']
     assert 'content' in wrong_order(drawn_with_replacement)
 
 def test_shuffled_draws_from_torchs_generator():
     bn,x = split(layer(), 3),batches(12, 5, 3, 2, n=1)[0]
-    torch.manual_seed(1); a,b = shuffled(bn, x),shuffled(bn, x)
-    torch.manual_seed(1); c,perm = shuffled(bn, x),torch.randperm(12)
+    torch.manual_seed(1)
+    a, b = shuffled(bn, x), shuffled(bn, x)
+    torch.manual_seed(1)
+    c, perm = shuffled(bn, x), torch.randperm(12)
     assert torch.equal(a, c) and not torch.allclose(a, b)
     want = torch.empty_like(x)
     want[perm] = bn(x[perm]).detach()

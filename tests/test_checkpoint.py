@@ -4,8 +4,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, CSVLogger, DataBlock, EarlyStoppingCallback, GradientAccumulation, ImageBlock,
-    IndexSplitter, Learner, MixedPrecision, PILImageBW, RandomErasing, SaveModelCallback, SchedCos, SGD, ShortEpochCallback, accuracy)
+from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, CSVLogger, DataBlock,
+                               EarlyStoppingCallback, GradientAccumulation, ImageBlock, IndexSplitter, Learner,
+                               MixedPrecision, PILImageBW, RandomErasing, SaveModelCallback, SchedCos, SGD,
+                               ShortEpochCallback, accuracy)
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -24,19 +26,35 @@ digits = load_digits()
 def small_dls(n=128, bs=32, labels=True, **kwargs):
     "`n` digits of 8 pixels for training, 32 for validation"
     ims = (digits.images*15).astype(np.uint8)
-    block = DataBlock([ImageBlock(PILImageBW)] + [CategoryBlock]*labels, get_x=ims.__getitem__, get_y=digits.target.__getitem__ if labels else None,
-                      splitter=IndexSplitter(list(range(32))))
+    block = DataBlock(
+        [ImageBlock(PILImageBW)] + [CategoryBlock] * labels,
+        get_x=ims.__getitem__,
+        get_y=digits.target.__getitem__ if labels else None,
+        splitter=IndexSplitter(list(range(32))),
+    )
     return block.dataloaders(range(n+32), bs=bs, **{'num_workers':0, **kwargs})
 
-def seed_all(seed): random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
 
 class Net(nn.Sequential):
     "Two convolutions with batch norm"
-    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16))
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)
+        )
+
 
 def make(seed=0, dls=None, arch=None, **kwargs):
     seed_all(seed)
-    return ressl_learner(dls or small_dls(), arch or Net(), **{**dict(queue_size=50, n_hidden=16, dim=8, metrics=[]), **kwargs})
+    return ressl_learner(
+        dls or small_dls(), arch or Net(), **{**dict(queue_size=50, n_hidden=16, dim=8, metrics=[]), **kwargs}
+    )
+
 
 def fit(learn, n=6, method='fit_one_cycle', cbs=None, **kwargs):
     with learn.no_bar(), learn.no_logging(): getattr(learn, method)(n, 1e-2, cbs=cbs, **kwargs)
@@ -53,15 +71,25 @@ class Crash(Callback):
 def everything(learn):
     "What a fit leaves behind, in plain types"
     rec,opt = learn.recorder,learn.opt.state_dict()
-    return dict(model={k:v.clone() for k,v in learn.model.state_dict().items()}, opt=[dict(o) for o in opt['state']], hypers=[{k:float(v) for k,v in h.items()} for h in opt['hypers']],
-                values=[list(map(float, v)) for v in rec.values], lrs=list(map(float, rec.lrs)), losses=list(map(float, rec.losses)), iters=list(rec.iters),
-                smooth_loss=float(rec.smooth_loss.value), hps={k:list(map(float, v)) for k,v in getattr(rec, 'hps', {}).items()},
-                random=[random.random(), float(np.random.rand()), torch.rand(2)])
+    return dict(
+        model={k: v.clone() for k, v in learn.model.state_dict().items()},
+        opt=[dict(o) for o in opt['state']],
+        hypers=[{k: float(v) for k, v in h.items()} for h in opt['hypers']],
+        values=[list(map(float, v)) for v in rec.values],
+        lrs=list(map(float, rec.lrs)),
+        losses=list(map(float, rec.losses)),
+        iters=list(rec.iters),
+        smooth_loss=float(rec.smooth_loss.value),
+        hps={k: list(map(float, v)) for k, v in getattr(rec, 'hps', {}).items()},
+        random=[random.random(), float(np.random.rand()), torch.rand(2)],
+    )
 
 def differences(a, b, at=''):
     "Where two nests of dicts, lists and tensors are not the same bits"
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys()==b.keys(): return [d for k in a for d in differences(a[k], b[k], f'{at}.{k}')]
-    if isinstance(a, list) and isinstance(b, list) and len(a)==len(b): return [d for i,(x,y) in enumerate(zip(a, b)) for d in differences(x, y, f'{at}.{i}')]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for k in a for d in differences(a[k], b[k], f'{at}.{k}')]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f'{at}.{i}')]
     if isinstance(a, Tensor) and isinstance(b, Tensor): return [] if a.dtype==b.dtype and torch.equal(a, b) else [at]
     return [] if type(a)==type(b) and a==b else [at]
 
@@ -82,20 +110,43 @@ def test_six_epochs_are_three_and_three(tmp_path, method, capsys):
     check(tmp_path, 24, fit=partial(fit, method=method, **kw), n_crash=12)
     assert 'continuing from' in (out := capsys.readouterr().out) and 'epoch_0003_batch_000000.pth' in out
 
-@pytest.mark.parametrize('every,n_crash,at', [(3,11,'0002_batch_000001'), (1,8,'0002_batch_000000'), (4,7,'0001_batch_000000'), (2,3,'0000_batch_000002')])
+@pytest.mark.parametrize(
+    'every,n_crash,at',
+    [
+        (3, 11, '0002_batch_000001'),
+        (1, 8, '0002_batch_000000'),
+        (4, 7, '0001_batch_000000'),
+        (2, 3, '0000_batch_000002'),
+    ],
+)
 def test_within_an_epoch(tmp_path, every, n_crash, at, capsys):
     check(tmp_path, 24, every=every, n_crash=n_crash)
     assert f'epoch_{at}.pth' in capsys.readouterr().out
 
 def test_data_loading_processes_unlabelled_images_schedules_and_predictor(tmp_path):
-    def new(seed=0): return make(seed, small_dls(num_workers=2, labels=False), predictor_layers=2, warmup=InfoNCEWarmup(1, ramp=2), opt_func=partial(SGD, mom=0.9),
-                                 teacher_momentum=SchedCos(0.9, 1.))
+    def new(seed=0):
+        return make(
+            seed,
+            small_dls(num_workers=2, labels=False),
+            predictor_layers=2,
+            warmup=InfoNCEWarmup(1, ramp=2),
+            opt_func=partial(SGD, mom=0.9),
+            teacher_momentum=SchedCos(0.9, 1.0),
+        )
     check(tmp_path, 12, make=new, fit=partial(fit, n=3), every=3, n_crash=7)
 
 def test_accumulated_gradients_and_waiting_keys(tmp_path):
     "Steps of 80 images from batches of 32 end in the middle of batches and of epochs"
     for i,(every,n_crash) in enumerate(((None,9), (1,10))):
-        check(tmp_path/str(i), 16, fit=partial(fit, n=4), cbs=lambda: [GradientAccumulation(80)], every=every, n_crash=n_crash)
+        check(
+            tmp_path / str(i),
+            16,
+            fit=partial(fit, n=4),
+            cbs=lambda: [GradientAccumulation(80)],
+            every=every,
+            n_crash=n_crash,
+        )
+
 
 class Scales(Callback):
     order,run_valid = 100,False
@@ -111,19 +162,30 @@ def test_mixed_precision_and_its_loss_scale(tmp_path):
     assert made[0].seen==made[-1].seen and len(made[0].seen)==12 and len(set(made[0].seen))>3, made[0].seen
 
 def test_other_callbacks_go_on_counting(tmp_path):
-    def cbs(): return [EarlyStoppingCallback('valid_loss', min_delta=1., patience=4), SaveModelCallback('valid_loss', fname='best')]
+    def cbs():
+        return [
+            EarlyStoppingCallback('valid_loss', min_delta=1.0, patience=4),
+            SaveModelCallback('valid_loss', fname='best'),
+        ]
+
     def new(seed=0): return make(seed, path=tmp_path)
-    with pytest.raises(AssertionError, match='^$|assert'): check(tmp_path/'a', 24, make=new, cbs=cbs)  # the patience ends it sooner,
+
+    with pytest.raises(AssertionError, match='^$|assert'):
+        check(tmp_path / 'a', 24, make=new, cbs=cbs)  # the patience ends it sooner,
     whole = fit(new(), cbs=cbs())
     n = len(whole.recorder.values)
     assert 3<n<6
-    check(tmp_path/'b', 4*n, make=new, cbs=cbs)                                                        # and at the same epoch after a crash
+    check(tmp_path / 'b', 4 * n, make=new, cbs=cbs)  # and at the same epoch after a crash
+
 
 def test_a_plain_learner_whose_batches_are_augmented(tmp_path):
     def new(seed=0):
         seed_all(seed)
         net = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 10))
-        return Learner(small_dls(batch_tfms=RandomErasing(p=1.)), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+        return Learner(
+            small_dls(batch_tfms=RandomErasing(p=1.0)), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy
+        )
+
     check(tmp_path, 24, make=new, every=3, n_crash=10)
 
 # controls: what is not kept is found
@@ -140,14 +202,48 @@ def crashed(tmp_path_factory):
 
 def drop(training, state):
     "Ways to forget one thing, by name"
-    def buffers(part): return {k:torch.full_like(v, 0.5) if part in k and 'running' in k else v for k,v in training['model'].items()}
-    return {'nothing': {}, 'teacher_batch_norm': dict(model=buffers('teacher')), 'student_batch_norm': dict(model=buffers('encoder')),
-        'queue': dict(model={k:torch.flip(v, (0,)) if k=='queue.feats' else v for k,v in training['model'].items()}),
-        'pointer': dict(model={k:v*0 if k=='queue.ptr' else v for k,v in training['model'].items()}),
-        'optimizer': dict(opt={**training['opt'], 'state':[{k:v*0 if isinstance(v, Tensor) else v for k,v in o.items()} for o in training['opt']['state']]}),
-        'gradients': dict(grads=[0]*len(training['grads'])), 'keys': dict(keys=[]), 'progress': dict(pct_train=0.), 'callbacks': dict(others={})}
 
-forgotten = ['nothing','teacher_batch_norm','student_batch_norm','queue','pointer','optimizer','gradients','keys','progress','callbacks','random','order']
+    def buffers(part):
+        return {k: torch.full_like(v, 0.5) if part in k and 'running' in k else v for k, v in training['model'].items()}
+
+    return {
+        'nothing': {},
+        'teacher_batch_norm': dict(model=buffers('teacher')),
+        'student_batch_norm': dict(model=buffers('encoder')),
+        'queue': dict(
+            model={k: torch.flip(v, (0,)) if k == 'queue.feats' else v for k, v in training['model'].items()}
+        ),
+        'pointer': dict(model={k: v * 0 if k == 'queue.ptr' else v for k, v in training['model'].items()}),
+        'optimizer': dict(
+            opt={
+                **training['opt'],
+                'state': [
+                    {k: v * 0 if isinstance(v, Tensor) else v for k, v in o.items()} for o in training['opt']['state']
+                ],
+            }
+        ),
+        'gradients': dict(grads=[0] * len(training['grads'])),
+        'keys': dict(keys=[]),
+        'progress': dict(pct_train=0.0),
+        'callbacks': dict(others={}),
+    }
+
+forgotten = [
+    'nothing',
+    'teacher_batch_norm',
+    'student_batch_norm',
+    'queue',
+    'pointer',
+    'optimizer',
+    'gradients',
+    'keys',
+    'progress',
+    'callbacks',
+    'random',
+    'order',
+]
+
+
 @pytest.mark.parametrize('what', forgotten)
 def test_control_forgetting_one_thing_is_found(crashed, tmp_path, what):
     folder,whole = crashed
@@ -163,11 +259,18 @@ def test_control_forgetting_one_thing_is_found(crashed, tmp_path, what):
 # killed
 
 def test_a_process_killed_at_random_moments_and_in_the_middle_of_saves(tmp_path):
-    res = subprocess.run([sys.executable, Path(__file__).with_name('checkpoint_kill.py'), tmp_path], capture_output=True, text=True,
-                         env={**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'})
+    res = subprocess.run(
+        [sys.executable, Path(__file__).with_name('checkpoint_kill.py'), tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+    )
     assert res.returncode==0, res.stdout+res.stderr
     print(res.stdout)
-    whole,*others = (torch.load(f, weights_only=True) for f in (tmp_path/'whole.pt', *sorted(set(tmp_path.glob('*.pt'))-{tmp_path/'whole.pt'})))
+    whole, *others = (
+        torch.load(f, weights_only=True)
+        for f in (tmp_path / 'whole.pt', *sorted(set(tmp_path.glob('*.pt')) - {tmp_path / 'whole.pt'}))
+    )
     assert len(others)>=2
     for o in others: assert differences(whole, o)==[]
 
@@ -196,7 +299,12 @@ def test_a_finished_fit_is_brought_back_and_not_trained(tmp_path, capsys):
         def after_step(self): steps.append(1)
     assert differences(a, everything(fit(learn, n=2, cbs=[Checkpoint(tmp_path/'run'), Count()])))==[] and steps==[]
     assert 'nothing to do' in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path/'run').iterdir())==['epoch_0001_batch_000000.pth','epoch_0002_batch_000000.pth','lock']
+    assert sorted(p.name for p in (tmp_path / 'run').iterdir()) == [
+        'epoch_0001_batch_000000.pth',
+        'epoch_0002_batch_000000.pth',
+        'lock',
+    ]
+
 
 def test_ctrl_c_and_the_same_line_in_the_same_session(tmp_path):
     whole = everything(fit(make(), n=3))
@@ -209,7 +317,10 @@ def test_ctrl_c_and_the_same_line_in_the_same_session(tmp_path):
 def test_lr_find_and_get_preds_leave_a_checkpoint_callback_alone(tmp_path):
     learn = make()
     learn.add_cb(Checkpoint(tmp_path/'run'))
-    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=5, show_plot=False); learn.get_preds(); learn.validate()
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=5, show_plot=False)
+        learn.get_preds()
+        learn.validate()
     assert not (tmp_path/'run').exists()
     fit(learn, n=1)
     assert (tmp_path/'run'/'epoch_0001_batch_000000.pth').exists()
@@ -223,30 +334,42 @@ def test_only_plain_types_and_any_flipped_bit_is_found(crashed, tmp_path):
     bad,rng = tmp_path/'epoch_1.pth',random.Random(0)
     whole = torch.load(file, weights_only=True)
     for _ in range(60):
-        b = bytearray(data); b[rng.randrange(len(b))] ^= 1<<rng.randrange(8)
+        b = bytearray(data)
+        b[rng.randrange(len(b))] ^= 1 << rng.randrange(8)
         bad.write_bytes(b)
         try: read_checkpoint(bad)
         except ValueError as e: assert 'epoch_1.pth is' in str(e)
         else:  # padding between the parts
             missed += 1
-            assert differences(json.loads(json.dumps(torch.load(bad, weights_only=True)['settings'])), whole['settings'])==[]
+            assert (
+                differences(json.loads(json.dumps(torch.load(bad, weights_only=True)['settings'])), whole['settings'])
+                == []
+            )
             assert differences(torch.load(bad, weights_only=True)['training'], whole['training'])==[]
     assert missed<30
 
 def test_a_damaged_or_foreign_file_is_passed_over(crashed, tmp_path):
     folder,whole = crashed
     def go_on(): return everything(fit(make(1), n=3, cbs=[GradientAccumulation(80), Checkpoint(tmp_path/'run', 1)]))
-    damages = {'cut': lambda f: f.write_bytes(f.read_bytes()[:-5000]), 'empty': lambda f: f.write_bytes(b''), 'foreign': lambda f: torch.save({'weight':torch.ones(2)}, f),
-               'other': lambda f: f.write_text('epoch,loss')}
+
+    damages = {
+        'cut': lambda f: f.write_bytes(f.read_bytes()[:-5000]),
+        'empty': lambda f: f.write_bytes(b''),
+        'foreign': lambda f: torch.save({'weight': torch.ones(2)}, f),
+        'other': lambda f: f.write_text('epoch,loss'),
+    }
     for nm,damage in damages.items():
         shutil.copytree(folder, tmp_path/'run')
         files = sorted((tmp_path/'run').glob('*.pth'))
         assert len(files)==2
         damage(files[1])
-        with pytest.warns(UserWarning, match=f'{files[1].name} is .*Using .*{files[0].name} instead'): file,_ = last_checkpoint(tmp_path/'run')
+        with pytest.warns(UserWarning, match=f'{files[1].name} is .*Using .*{files[0].name} instead'):
+            file, _ = last_checkpoint(tmp_path / 'run')
         if nm=='cut':
             with pytest.warns(UserWarning, match='instead'): assert differences(whole, go_on())==[]
-            assert len(list((tmp_path/'run').glob('*.pth')))==2 and [read_checkpoint(f) for f in (tmp_path/'run').glob('*.pth')]
+            assert len(list((tmp_path / 'run').glob('*.pth'))) == 2 and [
+                read_checkpoint(f) for f in (tmp_path / 'run').glob('*.pth')
+            ]
         else:
             damage(files[0])
             with pytest.raises(ValueError, match='no checkpoint can be read.*delete'): go_on()
@@ -258,18 +381,42 @@ def test_a_full_disk_names_the_file_and_leaves_the_last_one(crashed, tmp_path):
     soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(min(before.values(), key=len))//2, hard))
-        with pytest.raises(OSError, match=r'cannot write checkpoint .*epoch_0001_batch_\d+.pth'): fit(make(), n=3, cbs=[GradientAccumulation(80), Checkpoint(tmp_path/'run', 1)])
+        with pytest.raises(OSError, match=r'cannot write checkpoint .*epoch_0001_batch_\d+.pth'):
+            fit(make(), n=3, cbs=[GradientAccumulation(80), Checkpoint(tmp_path / 'run', 1)])
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {f.name:f.read_bytes() for f in (tmp_path/'run').glob('*.pth')}==before
-    assert differences(crashed[1], everything(fit(make(), n=3, cbs=[GradientAccumulation(80), Checkpoint(tmp_path/'run', 1)])))==[]
+    assert (
+        differences(
+            crashed[1], everything(fit(make(), n=3, cbs=[GradientAccumulation(80), Checkpoint(tmp_path / 'run', 1)]))
+        )
+        == []
+    )
+
 
 # settings
 
-changes = {'n_epoch': dict(fit=dict(n=3)), 'schedule of lr': dict(fit=dict(pct_start=0.5)), 'wd': dict(fit=dict(wd=0.1)), 'arch': dict(arch=small_resnet),
-    'stem': dict(stem='small'), 'queue_size': dict(queue_size=60), 'dim': dict(dim=9), 'student_temp': dict(student_temp=0.2), 'teacher_temp': dict(teacher_temp=0.05),
-    'teacher_momentum': dict(teacher_momentum=0.9), 'weak_tfms': dict(weak_tfms=weak_tfms(8, flip_p=0.)), 'warmup': dict(warmup=InfoNCEWarmup(1)), 'bs': dict(dls=dict(bs=16)),
-    'training_images': dict(dls=dict(n=160)), 'opt_func': dict(opt_func=partial(SGD, mom=0.9)), 'projector': dict(projector_layers=3), 'queue_dtype': dict(queue_dtype=torch.bfloat16), 'precision.dtype': dict(precision='bfloat16'),
-    'gradient_accumulation.n_acc': dict(cbs=[GradientAccumulation(64)]), 'mixed_precision.amp_mode': dict(cbs=[MixedPrecision('bf16')])}
+changes = {
+    'n_epoch': dict(fit=dict(n=3)),
+    'schedule of lr': dict(fit=dict(pct_start=0.5)),
+    'wd': dict(fit=dict(wd=0.1)),
+    'arch': dict(arch=small_resnet),
+    'stem': dict(stem='small'),
+    'queue_size': dict(queue_size=60),
+    'dim': dict(dim=9),
+    'student_temp': dict(student_temp=0.2),
+    'teacher_temp': dict(teacher_temp=0.05),
+    'teacher_momentum': dict(teacher_momentum=0.9),
+    'weak_tfms': dict(weak_tfms=weak_tfms(8, flip_p=0.0)),
+    'warmup': dict(warmup=InfoNCEWarmup(1)),
+    'bs': dict(dls=dict(bs=16)),
+    'training_images': dict(dls=dict(n=160)),
+    'opt_func': dict(opt_func=partial(SGD, mom=0.9)),
+    'projector': dict(projector_layers=3),
+    'queue_dtype': dict(queue_dtype=torch.bfloat16),
+    'precision.dtype': dict(precision='bfloat16'),
+    'gradient_accumulation.n_acc': dict(cbs=[GradientAccumulation(64)]),
+    'mixed_precision.amp_mode': dict(cbs=[MixedPrecision('bf16')]),
+}
 
 @pytest.fixture(scope='module')
 def other(tmp_path_factory):
@@ -283,7 +430,8 @@ def test_another_setting_is_refused_by_name(other, nm):
     kw = dict(changes[nm])
     dls,fit_kw,cbs = kw.pop('dls', {}),kw.pop('fit', {}),kw.pop('cbs', [])
     learn = make(3, small_dls(**dls), **kw)
-    with pytest.raises(ValueError, match=rf'other settings: .*{nm}: in the checkpoint .+, now ') as e: fit(learn, **{**dict(n=2), **fit_kw}, cbs=[Checkpoint(other), *cbs])
+    with pytest.raises(ValueError, match=rf'other settings: .*{nm}: in the checkpoint .+, now ') as e:
+        fit(learn, **{**dict(n=2), **fit_kw}, cbs=[Checkpoint(other), *cbs])
     wrong = str(e.value).split('other settings: ')[1].split('. Use')[0].split('; ')
     assert len(wrong)<=6, wrong
     assert 'epoch_0000' in str(e.value)
@@ -294,17 +442,25 @@ def test_the_same_settings_in_another_session_are_the_same(other):
 def settings_of(learn):
     seen = {}
     class Look(Callback):
-        def before_fit(self): seen.update(fit_settings(self.learn)); raise KeyboardInterrupt
+        def before_fit(self):
+            seen.update(fit_settings(self.learn))
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt): fit(learn, n=2, cbs=Look())
     return seen
 
 def test_mistakes_and_a_folder_in_use(tmp_path):
     for every in (0, -1, 1.5):
         with pytest.raises(ValueError, match='every must be'): Checkpoint('run', every=every)
-    code = f"from fcntl import *; f = open('{tmp_path}/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); print('held', flush=True); input()"
+    code = (
+        f"from fcntl import *; f = open('{tmp_path}/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); "
+        "print('held', flush=True); input()"
+    )
     other = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline()=='held\n'
         with pytest.raises(ValueError, match='is in use'): fit(make(), n=1, cbs=Checkpoint(tmp_path))
-    finally: other.kill(); other.wait()
+    finally:
+        other.kill()
+        other.wait()
     hold(tmp_path).close()

@@ -19,8 +19,14 @@ from ressl_fastai.loaders import clean_dl
 
 def shell(*args, cwd=None):
     "The installed command in its own process"
-    return subprocess.run([Path(sys.executable).with_name('ressl_pretrain'), *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL,
-                          env={**os.environ, 'OMP_NUM_THREADS':'1'})
+    return subprocess.run(
+        [Path(sys.executable).with_name('ressl_pretrain'), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
 
 def all_files(path): return {str(p.relative_to(path)):p.read_bytes() for p in path.rglob('*') if p.is_file()}
 
@@ -52,7 +58,8 @@ small = ('--arch=small_resnet', '--size=16', '--epochs=2', '--bs=16', '--gray', 
 def bad(tmp_path_factory):
     "Folders that cannot be trained on"
     tmp = tmp_path_factory.mktemp('bad')
-    (tmp/'empty').mkdir(); (tmp/'file.txt').write_text('text')
+    (tmp / 'empty').mkdir()
+    (tmp / 'file.txt').write_text('text')
     digit_folder(tmp/'few', 5, flat=True)
     image = next(digit_folder(tmp/'truncated', 30).rglob('*.png'))
     image.write_bytes(image.read_bytes()[:-30])
@@ -78,7 +85,8 @@ def test_a_mistake_is_one_line_before_training_and_nothing_is_lost(bad, nm, monk
     args,text = mistakes[nm]
     monkeypatch.chdir(bad)
     out = Path('out')/nm
-    out.mkdir(parents=True); (out/'encoder.pth').write_text('precious')
+    out.mkdir(parents=True)
+    (out / 'encoder.pth').write_text('precious')
     with pytest.raises(CliError) as e: ressl_pretrain(**{'data':'digits', 'out':str(out), **args})
     assert text in str(e.value) and '\n' not in str(e.value)
     assert all_files(out)=={'encoder.pth': b'precious'} and list(Path('out').glob(f'{nm}-*'))==[]
@@ -103,10 +111,29 @@ def runs(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('runs')
     classes,flat,photos = digit_folder(tmp/'classes'),digit_folder(tmp/'flat', flat=True),photo_folder(tmp/'photos')
     (photos/'china'/'bad.jpg').write_bytes((photos/'china'/'0.jpg').read_bytes()[:200])
-    out = tmp/'out'; out.mkdir(); (out/'notes.txt').write_text('mine')
+    out = tmp / 'out'
+    out.mkdir()
+    (out / 'notes.txt').write_text('mine')
+
     def go(args): return shell(*args, cwd=tmp)
     with ThreadPoolExecutor(2) as pool:
-        a,b,c = pool.map(go, [(classes, '--out', out, *small), (flat, *small), (photos, '--arch=xresnet18', '--size=32', '--epochs=1', '--bs=16', '--skip-bad', '--predictor-layers=2', '--infonce-epochs=1')])
+        a, b, c = pool.map(
+            go,
+            [
+                (classes, '--out', out, *small),
+                (flat, *small),
+                (
+                    photos,
+                    '--arch=xresnet18',
+                    '--size=32',
+                    '--epochs=1',
+                    '--bs=16',
+                    '--skip-bad',
+                    '--predictor-layers=2',
+                    '--infonce-epochs=1',
+                ),
+            ],
+        )
     again = go([*shlex.split(json.loads((tmp/'out-2'/'config.json').read_text())['command'])[1:], '--out', tmp/'again'])
     return SimpleNamespace(tmp=tmp, classes=a, flat=b, photos=c, again=again)
 
@@ -116,7 +143,11 @@ def test_class_folders_give_a_whole_result(runs):
     out = runs.tmp/'out-2'                                              # the results lie beside it
     assert sorted(all_files(out))==['config.json','curves.png','encoder.pth','history.csv','report.html','views.png']
     history = pd.read_csv(out/'history.csv')
-    assert list(history.columns[:4])==['epoch','train_loss','valid_loss','knn_accuracy'] and len(history)==2 and history.notna().all(axis=None)
+    assert (
+        list(history.columns[:4]) == ['epoch', 'train_loss', 'valid_loss', 'knn_accuracy']
+        and len(history) == 2
+        and history.notna().all(axis=None)
+    )
     for nm in ('views','curves'):
         im = np.asarray(Image.open(out/f'{nm}.png').convert('L'))
         assert im.std()>10  # not an empty picture
@@ -129,8 +160,18 @@ def test_printed_knn_accuracy_is_that_of_the_saved_encoder(runs):
     mean,std = (torch.tensor(o)[:,None,None] for o in torch.load(out/'encoder.pth')['normalize'])
     def features(dl):
         b = [(torch.as_tensor(x), y) for x,y in clean_dl(dl)]
-        with torch.no_grad(): return torch.cat([encoder((x.cpu()-mean)/std) for x,_ in b]).numpy(),torch.cat([y.cpu() for _,y in b]).numpy()
-    def score(encode): return KNeighborsClassifier(20, metric='cosine', weights=lambda d: np.exp(-d/0.1)).fit(*encode(dls.train)).score(*encode(dls.valid))
+        with torch.no_grad():
+            return torch.cat([encoder((x.cpu() - mean) / std) for x, _ in b]).numpy(), torch.cat(
+                [y.cpu() for _, y in b]
+            ).numpy()
+
+    def score(encode):
+        return (
+            KNeighborsClassifier(20, metric='cosine', weights=lambda d: np.exp(-d / 0.1))
+            .fit(*encode(dls.train))
+            .score(*encode(dls.valid))
+        )
+
     theirs = json.loads((out/'config.json').read_text())['knn_accuracy']
     assert score(features)==pytest.approx(theirs['pretrained encoder'], abs=1e-6)
     for k,v in theirs.items(): assert re.search(fr'{k} +{v:.4f}', runs.classes.stdout)
@@ -145,7 +186,10 @@ def test_a_run_is_repeated_by_the_command_in_its_config(runs):
 def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path, monkeypatch, capsys):
     digit_folder(tmp_path/'data', 60)
     monkeypatch.chdir(tmp_path)
-    def go(out, epochs=3): ressl_pretrain('data', out=out, arch='small_resnet', size=8, epochs=epochs, bs=16, gray=True, num_workers=0)
+
+    def go(out, epochs=3):
+        ressl_pretrain('data', out=out, arch='small_resnet', size=8, epochs=epochs, bs=16, gray=True, num_workers=0)
+
     class Crash(Checkpoint):
         def after_batch(self):
             if self.train_iter==5: raise KeyboardInterrupt
@@ -160,7 +204,12 @@ def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path, monkeypat
     capsys.readouterr()
     go('out')
     again = [l.split()[:4] for l in capsys.readouterr().out.splitlines() if re.match(' +(epoch|[0-9])', l)]
-    assert again==table and len(table)==4 and sorted(all_files(Path('out')))==sorted(all_files(Path('whole'))) and not Path('out-3').exists()
+    assert (
+        again == table
+        and len(table) == 4
+        and sorted(all_files(Path('out'))) == sorted(all_files(Path('whole')))
+        and not Path('out-3').exists()
+    )
     a,b = (pd.read_csv(f'{nm}/history.csv').drop(columns='time') for nm in ('whole','out'))
     pd.testing.assert_frame_equal(a, b, check_exact=True)
     a,b = (torch.load(f'{nm}/encoder.pth', weights_only=True)['body'] for nm in ('whole','out'))
@@ -217,7 +266,10 @@ def test_a_urls_name_is_looked_up(monkeypatch, tmp_path):
         with pytest.raises(ValueError, match='no such folder'): find_data(nm)
 
 def test_new_folder_never_reuses_one_that_holds_something(tmp_path):
-    (tmp_path/'a').mkdir(); (tmp_path/'a'/'x').touch(); (tmp_path/'a-2').touch(); (tmp_path/'a-3').mkdir()
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'x').touch()
+    (tmp_path / 'a-2').touch()
+    (tmp_path / 'a-3').mkdir()
     assert [new_folder(tmp_path/nm).name for nm in ('a','b')]==['a-3','b']
 
 def test_new_folder_is_that_of_an_interrupted_run_unless_another_process_is_at_it(tmp_path):
@@ -226,9 +278,14 @@ def test_new_folder_is_that_of_an_interrupted_run_unless_another_process_is_at_i
         (tmp_path/'a'/'config.json').write_text(text)
         assert new_folder(tmp_path/'a', dict(epochs=3, versions='newer')).name==name
     assert new_folder(tmp_path/'a').name=='a-2'
-    code = f"from fcntl import *; f = open('{tmp_path}/a/checkpoint/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); print('held', flush=True); input()"
-    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline()=='held\n'
-        assert new_folder(tmp_path/'a', dict(epochs=3)).name=='a-2'
+    code = (
+        f"from fcntl import *; f = open('{tmp_path}/a/checkpoint/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); "
+        "print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == 'held\n'
+        assert new_folder(tmp_path / 'a', dict(epochs=3)).name == 'a-2'
         other.kill()
     assert new_folder(tmp_path/'a', dict(epochs=3)).name=='a'

@@ -19,7 +19,14 @@ from test_training import fit, make
 def shell(*args, cwd):
     "The command in its own process, as its console script starts it"
     (cwd/'ressl_evaluate').write_text('from ressl_fastai.cli import ressl_evaluate\nressl_evaluate()')
-    return subprocess.run([sys.executable, '-W', 'ignore', cwd/'ressl_evaluate', *map(str, args)], capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', cwd / 'ressl_evaluate', *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+    )
+
 
 @pytest.fixture(scope='module')
 def tmp(tmp_path_factory):
@@ -36,7 +43,17 @@ def tmp(tmp_path_factory):
     return tmp
 
 def test_numbers_are_those_of_the_saved_encoder(tmp):
-    res = shell('run', './digits', '--out=out', '--labels-per-class=1,3', '--seeds=2', '--steps=3', '--valid-pct=0.3', '--num-workers=0', cwd=tmp)
+    res = shell(
+        'run',
+        './digits',
+        '--out=out',
+        '--labels-per-class=1,3',
+        '--seeds=2',
+        '--steps=3',
+        '--valid-pct=0.3',
+        '--num-workers=0',
+        cwd=tmp,
+    )
     assert res.returncode==0, res.stderr
     dls = folder_dls(tmp/'digits', 8, 64, gray=True, valid_pct=0.3, num_workers=0)
     encoder = load_encoder(create_encoder(small_resnet, 1, size=8), tmp/'run'/'encoder.pth').eval()
@@ -55,20 +72,35 @@ def test_numbers_are_those_of_the_saved_encoder(tmp):
     for v in scores.to_numpy().flat: assert f'{v:.4f}' in res.stdout
     assert np.asarray(Image.open(tmp/'out'/'label_efficiency.png').convert('L')).std()>10
 
-mistakes = {'encoder':(dict(encoder='nowhere'),'no encoder file'), 'broken':(dict(encoder='broken.pth'),'cannot be read'), 'size':(dict(encoder='alone.pth'),'size must be given'),
-    'data':(dict(data='nowhere'),'there is no such folder'), 'labels':(dict(data='flat'),'must have labels'), 'numbers':(dict(labels_per_class='1,few'),'such as 1,5,10'),
-    'too_many':(dict(labels_per_class='1,900'),'is more than'), 'k':(dict(k=0),'k must be'), 'protocol':(dict(protocol='sgd'),'protocol must be')}
+mistakes = {
+    'encoder': (dict(encoder='nowhere'), 'no encoder file'),
+    'broken': (dict(encoder='broken.pth'), 'cannot be read'),
+    'size': (dict(encoder='alone.pth'), 'size must be given'),
+    'data': (dict(data='nowhere'), 'there is no such folder'),
+    'labels': (dict(data='flat'), 'must have labels'),
+    'numbers': (dict(labels_per_class='1,few'), 'such as 1,5,10'),
+    'too_many': (dict(labels_per_class='1,900'), 'is more than'),
+    'k': (dict(k=0), 'k must be'),
+    'protocol': (dict(protocol='sgd'), 'protocol must be'),
+}
 
 @pytest.mark.parametrize('nm', mistakes)
 def test_a_mistake_is_one_line(tmp, nm, monkeypatch):
     args,text = mistakes[nm]
     monkeypatch.chdir(tmp)
-    with pytest.raises(CliError) as e: ressl_evaluate(**{'encoder':'run', 'data':'digits', 'out':f'out-{nm}', 'num_workers':0, **args})
+    with pytest.raises(CliError) as e:
+        ressl_evaluate(**{'encoder': 'run', 'data': 'digits', 'out': f'out-{nm}', 'num_workers': 0, **args})
     assert text in str(e.value) and '\n' not in str(e.value) and not Path(f'out-{nm}').exists()
 
 def test_in_the_shell_a_mistake_is_that_line(tmp):
     res = shell('nowhere', 'digits', cwd=tmp)
-    assert res.returncode==1 and res.stdout=='' and len(res.stderr.strip().splitlines())==1 and 'no encoder file' in res.stderr
+    assert (
+        res.returncode == 1
+        and res.stdout == ''
+        and len(res.stderr.strip().splitlines()) == 1
+        and 'no encoder file' in res.stderr
+    )
+
 
 def test_it_is_installed():
     ini = ConfigParser(delimiters=['='])

@@ -1,4 +1,6 @@
-"What only a CUDA device can show. Skipped where there is none; run alone, since the other tests hide it: `pytest tests/test_cuda.py`."
+"""What only a CUDA device can show. Skipped where there is none; run alone, since the other tests hide it: `pytest
+tests/test_cuda.py`."""
+
 from functools import partial
 
 import numpy as np, pytest, torch
@@ -40,7 +42,11 @@ def test_there_is_one(): assert torch.zeros(1, device='cuda').is_cuda
 @pytest.mark.parametrize('tfms', [weak_tfms, strong_tfms])
 def test_views_are_those_of_the_cpu(src, size, tfms):
     ims = torch.randint(0, 256, (16,3,src,src), dtype=torch.uint8)
-    def view(x): torch.manual_seed(3); return tfms(size)(x).cpu()
+
+    def view(x):
+        torch.manual_seed(3)
+        return tfms(size)(x).cpu()
+
     assert (view(ims)-view(ims.cuda())).abs().max()<1e-4
 
 def test_the_loss_is_that_of_the_cpu():
@@ -54,7 +60,10 @@ def test_nothing_waits(labels, kept, monkeypatch):
     if not kept: monkeypatch.setattr(data, '_free', lambda device: 0)
     class Strict(Callback):
         order = 1000
-        def after_batch(self): torch.cuda.set_sync_debug_mode('error' if self.training and 2<=self.train_iter<5 else 'default')
+
+        def after_batch(self):
+            torch.cuda.set_sync_debug_mode('error' if self.training and 2 <= self.train_iter < 5 else 'default')
+
         def after_train(self): torch.cuda.set_sync_debug_mode('default')
     learn = make(np.arange(512)%4 if labels else None)
     assert f"kept on {'cuda:0' if kept else 'cpu'}" in repr(learn.dls.train)
@@ -63,7 +72,9 @@ def test_nothing_waits(labels, kept, monkeypatch):
     assert len(learn.recorder.losses)==12 and all(o.device.type=='cpu' for o in learn.recorder.losses)
 
 def test_the_fused_optimizer_is_fastais():
-    """Weights after 20 steps along the same gradients; float32 trainings differ from run to run, so none is compared. The control has another epsilon."""
+    """Weights after 20 steps along the same gradients; float32 trainings differ from run to run, so none is
+    compared. The control has another epsilon."""
+
     def stepped(opt_func):
         torch.manual_seed(0)
         ps = [torch.randn(s, device='cuda', requires_grad=True) for s in ((64,3,3,3), (64,), (10,64))]
@@ -73,7 +84,9 @@ def test_the_fused_optimizer_is_fastais():
             opt.step()
         return torch.cat([p.detach().flatten() for p in ps]),opt
     (ours,opt),(adam,_),(other,_) = map(stepped, (FusedAdam, Adam, partial(Adam, eps=1e-2)))
-    assert (ours-adam).abs().max()<1e-5<(other-adam).abs().max()  # weights of up to 4 have steps of 4e-7, of which 20 are added
+    assert (
+        (ours - adam).abs().max() < 1e-5 < (other - adam).abs().max()
+    )  # weights of up to 4 have steps of 4e-7, of which 20 are added
     assert all(opt.state[p]['step'].is_cuda for ps in opt.param_lists for p in ps)
 
 def test_features_and_neighbours():

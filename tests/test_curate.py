@@ -1,7 +1,8 @@
-"What is found and suggested, against scikit-learn and the paper: planted duplicates, outliers and clusters, first labels."
+"What is found and suggested, against scikit-learn and the paper: duplicates, outliers, clusters, first labels."
 import matplotlib, numpy as np, pandas as pd, pytest, torch
 matplotlib.use('agg')
-from fastai.vision.all import DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, PILImage, RandomResizedCrop, get_image_files
+from fastai.vision.all import (DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, PILImage, RandomResizedCrop,
+                               get_image_files)
 from matplotlib import pyplot as plt
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
@@ -31,13 +32,15 @@ def test_planted_duplicates_are_found_and_nothing_else(learn):
     assert set(zip(many['index'], many.other_index))==set(zip(*np.where(np.triu(sims>=0.5, 1)))) and len(many)>10
     assert many.similarity.is_monotonic_decreasing
     assert list(many.path)==[learn.dls.train_ds.items[i] for i in many['index']]
-    with pytest.raises(ValueError, match='raise the threshold'): learn.find_duplicates(0.01, features=(x,None), max_pairs=100)
+    with pytest.raises(ValueError, match='raise the threshold'):
+        learn.find_duplicates(0.01, features=(x,None), max_pairs=100)
 
 def test_a_copied_file_is_found(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(40): PILImage.create(rng.integers(0, 255, (20,20,3), dtype=np.uint8)).save(tmp_path/f'{i:02}.png')
     (tmp_path/'copy.png').write_bytes((tmp_path/'07.png').read_bytes())
-    dls = DataBlock(ImageBlock, get_items=get_image_files, splitter=IndexSplitter([]), item_tfms=RandomResizedCrop(16, min_scale=0.2)).dataloaders(tmp_path, bs=8, num_workers=0)
+    dls = DataBlock(ImageBlock, get_items=get_image_files, splitter=IndexSplitter([]),
+                    item_tfms=RandomResizedCrop(16, min_scale=0.2)).dataloaders(tmp_path, bs=8, num_workers=0)
     pairs = make(dls, 3).find_duplicates(0.99999, pairs=True)
     assert [{o.path.name,o.other_path.name} for o in pairs.itertuples()]==[{'07.png','copy.png'}]
 
@@ -54,7 +57,8 @@ def reference_typiclust(x, n, labelled, k, seed):
     "Cluster by cluster, as the paper describes it"
     x = x/np.linalg.norm(x, axis=1, keepdims=True)
     cluster = KMeans(len(labelled)+n, random_state=seed, n_init=1).fit_predict(x)
-    free = {c: (sum(cluster[i]==c for i in labelled), -np.sum(cluster==c)) for c in set(cluster) if np.sum(cluster==c)>5}
+    free = {c: (sum(cluster[i]==c for i in labelled), -np.sum(cluster==c)) for c in set(cluster)
+            if np.sum(cluster==c)>5}
     picked = []
     for c in free:
         members = np.where(cluster==c)[0]
@@ -96,14 +100,18 @@ def test_small_clusters_come_last_and_many_labels_go_round():
 
 def test_suggestions_by_position_or_path(tmp_path):
     files = folder(tmp_path)
-    learn = make(ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%2, valid_pct=0.2, seed=0, bs=8, num_workers=0), 3)
+    learn = make(ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%2, valid_pct=0.2, seed=0, bs=8,
+                                                 num_workers=0), 3)
     first = learn.suggest_labels(4)
     assert list(first.path)==[learn.dls.train_ds.items[i] for i in first['index']]
-    assert all(learn.suggest_labels(4, labelled=o).equals(learn.suggest_labels(4, labelled=first['index'])) for o in (first.path, map(str, first.path)))
+    assert all(learn.suggest_labels(4, labelled=o).equals(learn.suggest_labels(4, labelled=first['index']))
+               for o in (first.path, map(str, first.path)))
     assert not set(learn.suggest_labels(28, labelled=first.path).path) & set(first.path)
     with pytest.raises(ValueError, match='no.png'): learn.suggest_labels(2, labelled=['no.png'])
-    with pytest.raises(ValueError, match='labelled must be one or more positions between 0 and 31, got 32'): learn.suggest_labels(2, labelled=[32])
-    with pytest.raises(ValueError, match='n must be at least 1 and at most the 28'): learn.suggest_labels(29, labelled=first.path)
+    with pytest.raises(ValueError, match='labelled must be one or more positions between 0 and 31, got 32'):
+        learn.suggest_labels(2, labelled=[32])
+    with pytest.raises(ValueError, match='n must be at least 1 and at most the 28'):
+        learn.suggest_labels(29, labelled=first.path)
     # the file a person fills in is one that fastai reads
     first.assign(label=['a','b','a','b']).to_csv(tmp_path/'labels.csv', index=False)
     df = pd.read_csv(tmp_path/'labels.csv')
@@ -158,7 +166,8 @@ def test_clusters_are_the_planted_ones(learn):
 
 def test_names_of_clusters_are_labels_for_a_first_fine_tune(tmp_path):
     files = folder(tmp_path)
-    learn = make(ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%2, valid_pct=0.2, seed=0, bs=8, num_workers=0), 3)
+    learn = make(ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%2, valid_pct=0.2, seed=0, bs=8,
+                                                 num_workers=0), 3)
     clusters = learn.find_clusters(4)
     names = {0:'cat', 1:'dog', 2:'cat'}
     learn.show_clusters(clusters, names, k=5)

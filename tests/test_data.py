@@ -1,12 +1,15 @@
-"`tensor_dls` and `cached_dls` against fastai's own pipeline: the same batches, the same training, and everything that fastai does with `DataLoaders`."
+"""`tensor_dls` and `cached_dls` against fastai's own pipeline: the same batches, the same training, and everything
+that fastai does with `DataLoaders`."""
+
 import os, random, shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import (Categorize, CategoryBlock, Datasets, DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, L,
-    Normalize, Pipeline, PILImage, PILImageBW, RandomResizedCrop, RegressionBlock, Resize, TensorCategory, TensorImage,
-    TensorImageBW, TfmdLists, Transform, aug_transforms, imagenet_stats, load_learner, parent_label, vision_learner)
+from fastai.vision.all import (Categorize, CategoryBlock, Datasets, DataBlock, ImageBlock, ImageDataLoaders,
+                               IndexSplitter, L, Normalize, Pipeline, PILImage, PILImageBW, RandomResizedCrop,
+                               RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdLists,
+                               Transform, aug_transforms, imagenet_stats, load_learner, parent_label, vision_learner)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,15 +24,25 @@ pictures = rng.integers(0, 256, (50,12,9,3), dtype=np.uint8)
 names = np.array(['c','a','b'])[rng.integers(0, 3, 50)]
 valid = list(range(3, 50, 5))
 
-def seed(s=0): random.seed(s); np.random.seed(s); torch.manual_seed(s)
+def seed(s=0):
+    random.seed(s)
+    np.random.seed(s)
+    torch.manual_seed(s)
+
+
 def plain(o): return o.as_subclass(Tensor)
 def normalize(): return Normalize.from_stats(*imagenet_stats, cuda=False)
 
 def fastais(x=pictures, y=names, block=None, batch_tfms=None, **kwargs):
     "The same images through fastai's pipeline, one after another"
     block = block or ImageBlock(PILImage if x.ndim==4 else PILImageBW)
-    return DataBlock((block, CategoryBlock), get_x=x.__getitem__, get_y=y.__getitem__, splitter=IndexSplitter(valid), batch_tfms=batch_tfms).dataloaders(
-        range(len(x)), num_workers=0, **{'bs':8, **kwargs})
+    return DataBlock(
+        (block, CategoryBlock),
+        get_x=x.__getitem__,
+        get_y=y.__getitem__,
+        splitter=IndexSplitter(valid),
+        batch_tfms=batch_tfms,
+    ).dataloaders(range(len(x)), num_workers=0, **{'bs': 8, **kwargs})
 
 def ours(x=pictures, y=names, **kwargs): return tensor_dls(x, y, **{'valid_idx':valid, 'bs':8, **kwargs})
 
@@ -39,10 +52,16 @@ def batches(dls, s=0, epochs=2):
 
 def same(a, b):
     "Whether batches have the same types and values"
-    return len(a)==len(b) and all(len(p)==len(q) and all(type(o) is type(r) and o.dtype==r.dtype and torch.equal(o, r) for o,r in zip(p, q)) for p,q in zip(a, b))
+    return len(a) == len(b) and all(
+        len(p) == len(q) and all(type(o) is type(r) and o.dtype == r.dtype and torch.equal(o, r) for o, r in zip(p, q))
+        for p, q in zip(a, b)
+    )
+
 
 class Tiny(nn.Sequential):
-    def __init__(self, c=3): super().__init__(nn.Conv2d(c, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3))
+    def __init__(self, c=3):
+        super().__init__(nn.Conv2d(c, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3))
+
 
 def with_head(pretrained=False): return nn.Sequential(Tiny(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -60,15 +79,26 @@ def test_batches_are_those_of_fastais_pipeline(gray, kwargs):
     x = pictures[...,0] if gray else pictures
     norm = [] if gray else [normalize()]
     pair = []
-    for make in (fastais, ours): seed(); pair.append(make(x, batch_tfms=norm, **kwargs))
+    for make in (fastais, ours):
+        seed()
+        pair.append(make(x, batch_tfms=norm, **kwargs))
     want,got = pair
     assert same(batches(got), batches(want)) and type(got.one_batch()[0]) is (TensorImageBW if gray else TensorImage)
-    wrong = batches(got); wrong[1] = (wrong[1][0], wrong[0][1])
-    assert not same(wrong, batches(want))                                   # control: labels of another batch
-    assert [len(o) for o in got]==[len(o) for o in want] and got.vocab==want.vocab and got.valid_ds.items==want.valid_ds.items
+    wrong = batches(got)
+    wrong[1] = (wrong[1][0], wrong[0][1])
+    assert not same(wrong, batches(want))  # control: labels of another batch
+    assert (
+        [len(o) for o in got] == [len(o) for o in want]
+        and got.vocab == want.vocab
+        and got.valid_ds.items == want.valid_ds.items
+    )
+
 
 def test_pretraining_is_that_on_fastais_pipeline():
-    states = [[plain(o) for o in pretrained(dls, s).model.state_dict().values()] for dls,s in ((fastais(), 0), (ours(), 0), (ours(), 1))]
+    states = [
+        [plain(o) for o in pretrained(dls, s).model.state_dict().values()]
+        for dls, s in ((fastais(), 0), (ours(), 0), (ours(), 1))
+    ]
     assert all(map(torch.equal, states[0], states[1]))
     assert not all(map(torch.equal, states[1], states[2]))                  # control: another seed
 
@@ -80,12 +110,22 @@ def test_no_item_is_touched_while_batches_are_made(monkeypatch):
         if not isinstance(i, str): touched.append(i)                        # fastai asks it for attributes, too
         return get(self, i)
     monkeypatch.setattr(TfmdLists, '__getitem__', spy)
-    batches(dls); list(clean_dl(dls.train, normalize=False, shuffle=True, drop_last=True))
+    batches(dls)
+    list(clean_dl(dls.train, normalize=False, shuffle=True, drop_last=True))
     assert not touched
     list(fastais().valid)
     assert len(touched)>=10                                                         # control
 
-@pytest.mark.parametrize('as_given', [lambda x: x, lambda x: x.transpose(0,3,1,2), torch.from_numpy, lambda x: torch.from_numpy(x).permute(0,3,1,2), lambda x: x/np.float32(255)])
+@pytest.mark.parametrize(
+    'as_given',
+    [
+        lambda x: x,
+        lambda x: x.transpose(0, 3, 1, 2),
+        torch.from_numpy,
+        lambda x: torch.from_numpy(x).permute(0, 3, 1, 2),
+        lambda x: x / np.float32(255),
+    ],
+)
 def test_layouts(as_given):
     x = as_given(pictures)
     got,want = (next(iter(ours(o).valid))[0] for o in (x, pictures))
@@ -102,8 +142,14 @@ def test_many_channels_and_memory_maps(tmp_path):
         assert dls.train_ds[0][0].shape==(13,20,16)
 
 def test_what_cannot_be_served_raises():
-    for wrong,y,match in ((pictures[0,0], None, 'x must hold images'), (np.zeros((9,8,8,8), np.uint8), None, 'channels of x'), (pictures.astype(int), None, 'x must be uint8'),
-        (pictures/100, None, 'x must be uint8'), (pictures[:0], None, 'x must hold images'), (pictures, names[:-1], 'y must have one label')):
+    for wrong, y, match in (
+        (pictures[0, 0], None, 'x must hold images'),
+        (np.zeros((9, 8, 8, 8), np.uint8), None, 'channels of x'),
+        (pictures.astype(int), None, 'x must be uint8'),
+        (pictures / 100, None, 'x must be uint8'),
+        (pictures[:0], None, 'x must hold images'),
+        (pictures, names[:-1], 'y must have one label'),
+    ):
         with pytest.raises(ValueError, match=match): tensor_dls(wrong, y)
 
 def test_splits():
@@ -114,7 +160,9 @@ def test_splits():
 # what fastai does with DataLoaders
 
 def test_labels_or_none():
-    assert [type(o) for o in ours().one_batch()]==[TensorImage,TensorCategory] and len(tensor_dls(pictures, bs=8).one_batch())==1
+    assert [type(o) for o in ours().one_batch()] == [TensorImage, TensorCategory] and len(
+        tensor_dls(pictures, bs=8).one_batch()
+    ) == 1
     y = rng.normal(size=50).astype(np.float32)
     dls = ours(y=y, y_block=RegressionBlock)
     torch.testing.assert_close(plain(torch.cat([b[1] for b in dls.valid])), torch.from_numpy(y[valid]))
@@ -130,8 +178,12 @@ def test_pretraining_evaluation_and_hand_over(tmp_path):
     assert len(x)==40
     images,labels = first_images(dls, 4)
     items = [dls.train_ds.items[i*40//4] for i in range(4)]
-    assert torch.equal(plain(images), torch.from_numpy(pictures[items]).permute(0,3,1,2)/255) and [dls.vocab[i] for i in labels]==list(names[items])
-    dls.show_batch(max_n=4); learn.show_views(n=2)
+    assert torch.equal(plain(images), torch.from_numpy(pictures[items]).permute(0, 3, 1, 2) / 255) and [
+        dls.vocab[i] for i in labels
+    ] == list(names[items])
+    dls.show_batch(max_n=4)
+    learn.show_views(n=2)
+
 
 def test_vision_learner_predicts_and_is_exported_without_the_images(tmp_path):
     dls = ours(path=tmp_path)
@@ -175,11 +227,19 @@ def folder(tmp_path):
     return tmp_path
 
 def from_folder(folder, **kwargs):
-    return ImageDataLoaders.from_folder(folder/'images', valid_pct=0.25, seed=0, num_workers=0, **{'item_tfms':Resize(16), 'bs':4, 'batch_tfms':[normalize()], **kwargs})
+    return ImageDataLoaders.from_folder(
+        folder / 'images',
+        valid_pct=0.25,
+        seed=0,
+        num_workers=0,
+        **{'item_tfms': Resize(16), 'bs': 4, 'batch_tfms': [normalize()], **kwargs},
+    )
+
 
 @pytest.mark.parametrize('kept', [False, True])
 def test_cached_batches_are_those_of_fastais_pipeline(folder, kept, monkeypatch):
-    seed(); want = from_folder(folder)
+    seed()
+    want = from_folder(folder)
     got = cached_dls(want, folder/'cache' if kept else None)
     assert [type(o) for o in want.loaders]!=[TensorDL,TensorDL]==[type(o) for o in got.loaders]  # what was given stays
     expected = [list(want.valid), list(clean_dl(want.train, normalize=False))]
@@ -209,12 +269,18 @@ def test_a_cache_is_used_until_something_changes(folder, monkeypatch):
         return len(decoded)>before
     files = sorted((folder/'images').rglob('*.png'))
     assert made() and not made() and not made(bs=8) and not made(batch_tfms=None)
-    os.utime(files[0]); assert made() and not made()
-    Image.fromarray(rng.integers(0, 256, (25,25,3), dtype=np.uint8)).save(files[1]); assert made() and not made()
-    files[2].unlink(); assert made() and not made()
-    files[3].rename(files[3].with_name('zz.png')); assert made() and not made()
+    os.utime(files[0])
+    assert made() and not made()
+    Image.fromarray(rng.integers(0, 256, (25, 25, 3), dtype=np.uint8)).save(files[1])
+    assert made() and not made()
+    files[2].unlink()
+    assert made() and not made()
+    files[3].rename(files[3].with_name('zz.png'))
+    assert made() and not made()
     assert made(item_tfms=Resize(12)) and made(item_tfms=Resize(12, method='squish')) and made() and not made()
-    (folder/'cache'/'manifest.json').unlink(); assert made()
+    (folder / 'cache' / 'manifest.json').unlink()
+    assert made()
+
 
 def test_another_process_would_use_the_cache(folder):
     "Nothing of this process is in the manifest"
@@ -234,11 +300,14 @@ def test_an_interrupted_cache_is_no_cache(folder, monkeypatch):
 def test_tables_of_files_and_what_cannot_be_cached(folder):
     files = sorted((folder/'images').rglob('*.png'))
     df = pd.DataFrame(dict(name=[str(o.relative_to(folder)) for o in files], y=range(len(files))))
-    dls = ImageDataLoaders.from_df(df, folder, y_block=RegressionBlock, valid_pct=0.2, seed=0, bs=4, item_tfms=Resize(16), num_workers=0)
+    dls = ImageDataLoaders.from_df(
+        df, folder, y_block=RegressionBlock, valid_pct=0.2, seed=0, bs=4, item_tfms=Resize(16), num_workers=0
+    )
     got = cached_dls(dls, folder/'cache')
     assert same(list(got.valid), list(dls.valid)) and clean_dl(got.train).images is not None
-    cached_dls(fastais())                                                  # arrays: in memory
-    with pytest.raises(ValueError, match='folder needs images that come from files'): cached_dls(fastais(), folder/'cache2')
+    cached_dls(fastais())  # arrays: in memory
+    with pytest.raises(ValueError, match='folder needs images that come from files'):
+        cached_dls(fastais(), folder / 'cache2')
 
 
 # start-up: what was found out once
@@ -320,8 +389,11 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_decoded(
     cached_dls(dls)
     monkeypatch.setattr(data, 'free_memory', lambda: need-1)
     opened = []
-    monkeypatch.setattr(data, '_batches', lambda *args, batches=data._batches: (opened.append(1) or o for o in batches(*args)))
-    with pytest.raises(ValueError, match='24 images of 16 x 16 pixels take 0.0 GB of memory, .* name a folder'): cached_dls(dls)
+    monkeypatch.setattr(
+        data, '_batches', lambda *args, batches=data._batches: (opened.append(1) or o for o in batches(*args))
+    )
+    with pytest.raises(ValueError, match='24 images of 16 x 16 pixels take 0.0 GB of memory, .* name a folder'):
+        cached_dls(dls)
     assert len(opened)==1                                              # one batch tells the size
     assert len(cached_dls(dls, folder/'cache').train.images)==24       # on the disk they may be
     monkeypatch.setattr(data, 'free_memory', lambda: None)             # the system does not say
@@ -337,8 +409,14 @@ class Upper(Transform):
 
 def by_type(o:Path): return o.parent.name
 
-labellings = dict(plain=[parent_label], typed=[by_type], two=[parent_label, str.upper], with_class=[parent_label, Upper()],
-                  partial=[partial(parent_label)], numbers=[parent_label, ord])
+labellings = dict(
+    plain=[parent_label],
+    typed=[by_type],
+    two=[parent_label, str.upper],
+    with_class=[parent_label, Upper()],
+    partial=[partial(parent_label)],
+    numbers=[parent_label, ord],
+)
 
 @pytest.mark.parametrize('nm', labellings)
 def test_targets_are_those_of_fastais_transforms(folder, nm):
@@ -351,7 +429,9 @@ def test_targets_are_those_of_fastais_transforms(folder, nm):
 def test_each_class_is_encoded_once(folder, monkeypatch):
     "What makes it quick: fastai's transforms take long to choose a function by types"
     calls,files = [],sorted((folder/'images').rglob('*.png'))
-    monkeypatch.setattr(Categorize, '__call__', lambda self, o, **kwargs: calls.append(o) or self._call('encodes', o, **kwargs))
+    monkeypatch.setattr(
+        Categorize, '__call__', lambda self, o, **kwargs: calls.append(o) or self._call('encodes', o, **kwargs)
+    )
     ds = Datasets(files, [[PILImage.create], [parent_label, Categorize(vocab=['a','b','c'])]])
     calls.clear()
     encoded_targets(ds)

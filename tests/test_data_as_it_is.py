@@ -1,9 +1,12 @@
-"Data as users have it: without labels or with any, last batches of one, few images, broken files, every mode and depth, pixels that are no numbers."
+"""Data as users have it: without labels or with any, last batches of one, few images, broken files, every mode and
+depth, pixels that are no numbers."""
+
 from functools import partial
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, MaskBlock, MultiCategoryBlock, PILImageBW, PointBlock, RandomSplitter,
-    RegressionBlock, Resize, TensorImage, TransformBlock, get_image_files)
+from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, MaskBlock,
+                               MultiCategoryBlock, PILImageBW, PointBlock, RandomSplitter, RegressionBlock, Resize,
+                               TensorImage, TransformBlock, get_image_files)
 from PIL import Image
 
 from ressl_fastai.images import PILImage16, readable_images
@@ -18,30 +21,51 @@ resnet = partial(small_resnet, widen=0.125)
 
 def box(i): return [[1,1,5,6],[2,2,4,4]][:1+i%2]
 labels = dict(
-    none=((), []), category=((CategoryBlock,), [lambda i: i%3]), multi_category=((MultiCategoryBlock,), [lambda i: ['a','b','c'][:i%4]]),
-    regression=((RegressionBlock(n_out=2),), [lambda i: [i/2,1.]]), mask=((MaskBlock(['off','on']),), [lambda i: np.uint8(ims[i,:,:,0]>99)]),
-    points=((PointBlock,), [lambda i: [[1.,2.],[3.,4.]]]), boxes=((BBoxBlock,BBoxLblBlock), [box, lambda i: ['x','y'][:1+i%2]]),
-    two=((CategoryBlock,RegressionBlock), [lambda i: i%2, lambda i: float(i)]))
+    none=((), []),
+    category=((CategoryBlock,), [lambda i: i % 3]),
+    multi_category=((MultiCategoryBlock,), [lambda i: ['a', 'b', 'c'][: i % 4]]),
+    regression=((RegressionBlock(n_out=2),), [lambda i: [i / 2, 1.0]]),
+    mask=((MaskBlock(['off', 'on']),), [lambda i: np.uint8(ims[i, :, :, 0] > 99)]),
+    points=((PointBlock,), [lambda i: [[1.0, 2.0], [3.0, 4.0]]]),
+    boxes=((BBoxBlock, BBoxLblBlock), [box, lambda i: ['x', 'y'][: 1 + i % 2]]),
+    two=((CategoryBlock, RegressionBlock), [lambda i: i % 2, lambda i: float(i)]),
+)
 
 def block(nm='none', x=ims.__getitem__):
     blocks,get_y = labels[nm]
     return DataBlock((ImageBlock,*blocks), n_inp=1, getters=[x,*get_y], splitter=IndexSplitter(range(n-4, n)))
 
-def dls_of(nm='none', bs=8, x=ims.__getitem__, **kwargs): return block(nm, x).dataloaders(range(n), bs=bs, num_workers=0, **kwargs)
-def small(dls, arch=None, **kwargs): return make(dls, arch or (NoBN() if first_images(dls)[0].shape[1]==1 else resnet), **{'queue_size':8, **kwargs})
+def dls_of(nm='none', bs=8, x=ims.__getitem__, **kwargs):
+    return block(nm, x).dataloaders(range(n), bs=bs, num_workers=0, **kwargs)
+
+
+def small(dls, arch=None, **kwargs):
+    return make(dls, arch or (NoBN() if first_images(dls)[0].shape[1] == 1 else resnet), **{'queue_size': 8, **kwargs})
+
 
 @pytest.mark.parametrize('nm', labels)
 def test_d33_labels_of_any_kind_or_none(nm):
     learn = small(dls_of(nm))
     fit(learn)
-    with learn.no_bar(): assert np.isfinite(learn.validate()[0]) and learn.get_preds()[0].shape==(4,8) and learn.predict(learn.dls.valid_ds[0][0])[0].shape==(8,)
+    with learn.no_bar():
+        assert (
+            np.isfinite(learn.validate()[0])
+            and learn.get_preds()[0].shape == (4, 8)
+            and learn.predict(learn.dls.valid_ds[0][0])[0].shape == (8,)
+        )
     other = small(dls_of('none'))
     assert same(state(learn), state(fit(other)))  # whatever they are, they take no part
 
 def test_d32_a_last_batch_of_one_image():
     "17 training images: with batch norm one image alone cannot be trained on, so it waits for the next epoch"
-    def dls(drop): return DataBlock(ImageBlock, get_x=ims.__getitem__, splitter=IndexSplitter(range(17, 20))).dataloaders(range(20), bs=8, num_workers=0, drop_last=drop)
-    with pytest.raises(ValueError, match='more than 1 value'): small(dls(False)).model.train()(torch.rand(1,3,side,side))  # control
+
+    def dls(drop):
+        return DataBlock(ImageBlock, get_x=ims.__getitem__, splitter=IndexSplitter(range(17, 20))).dataloaders(
+            range(20), bs=8, num_workers=0, drop_last=drop
+        )
+
+    with pytest.raises(ValueError, match='more than 1 value'):
+        small(dls(False)).model.train()(torch.rand(1, 3, side, side))  # control
     learn = fit(small(dls(False)), 2)
     assert np.isfinite(learn.recorder.values).all() and int(learn.model.queue.ptr)==(16+2*16)%8
     with learn.no_bar(): assert learn.get_preds(0)[0].shape==(17,8)  # all are embedded
@@ -56,7 +80,10 @@ def folder(tmp_path):
     return tmp_path
 
 def from_files(files, bs=4, cls=None, **kwargs):
-    return DataBlock(ImageBlock(cls) if cls else ImageBlock, splitter=IndexSplitter([0,1]), **kwargs).dataloaders(files, bs=bs, num_workers=0)
+    return DataBlock(ImageBlock(cls) if cls else ImageBlock, splitter=IndexSplitter([0, 1]), **kwargs).dataloaders(
+        files, bs=bs, num_workers=0
+    )
+
 
 @pytest.mark.parametrize('kind', ['cut','text','empty'])
 def test_a_broken_file_is_named(folder, kind, recwarn):
@@ -65,7 +92,8 @@ def test_a_broken_file_is_named(folder, kind, recwarn):
     files = get_image_files(folder).sorted()
     with pytest.raises(ValueError, match='07.png cannot be read'): fit(small(from_files(files)))
     with pytest.raises(ValueError, match='1 of 12 images cannot be read: .*07.png'): readable_images(files)
-    with pytest.warns(UserWarning, match='07.png; they are left out') as said: good = readable_images(files, skip_bad=True)
+    with pytest.warns(UserWarning, match='07.png; they are left out') as said:
+        good = readable_images(files, skip_bad=True)
     assert len([o for o in said if 'left out' in str(o.message)])==1 and list(good)==[f for f in files if f!=bad]
     assert np.isfinite(fit(small(from_files(good))).recorder.values).all()
 
@@ -77,7 +105,10 @@ def test_other_errors_stay_what_they_are(folder):
 
 def test_mixed_modes_and_sizes(tmp_path):
     im = Image.fromarray(ims[0].repeat(3, 0).repeat(3, 1))
-    for i,mode in enumerate(['RGB','L','P','RGBA','LA','CMYK','1']*2): im.convert('RGB').convert(mode if mode!='LA' else 'L').convert(mode).resize((30+i, 40)).save(tmp_path/f'{i:02}.{"tif" if mode=="CMYK" else "png"}')
+    for i, mode in enumerate(['RGB', 'L', 'P', 'RGBA', 'LA', 'CMYK', '1'] * 2):
+        im.convert('RGB').convert(mode if mode != 'LA' else 'L').convert(mode).resize((30 + i, 40)).save(
+            tmp_path / f'{i:02}.{"tif" if mode == "CMYK" else "png"}'
+        )
     files = get_image_files(tmp_path).sorted()
     with pytest.raises(RuntimeError, match='same size'): fit(small(from_files(files)))  # fastai's own words
     for cls,c in ((None,3), (PILImageBW,1)):
@@ -102,8 +133,12 @@ def test_pixels_that_are_no_numbers(value):
         x = torch.tensor(ims[i], dtype=torch.float32).permute(2,0,1)/255
         if i==13: x[0,0,0] = value
         return TensorImage(x)
-    dls = DataBlock(TransformBlock, get_x=get_x, splitter=IndexSplitter(range(16,20))).dataloaders(range(20), bs=4, num_workers=0, shuffle=False)
+
+    dls = DataBlock(TransformBlock, get_x=get_x, splitter=IndexSplitter(range(16, 20))).dataloaders(
+        range(20), bs=4, num_workers=0, shuffle=False
+    )
     learn = small(dls, queue_size=4)
     before = state(learn)
-    with learn.no_bar(), pytest.raises(ValueError, match=r'must be in \[0, 1\].*got values from .*(nan|inf|-0.5|300)'): learn.fit(1)
+    with learn.no_bar(), pytest.raises(ValueError, match=r'must be in \[0, 1\].*got values from .*(nan|inf|-0.5|300)'):
+        learn.fit(1)
     assert all(v.isfinite().all() for v in learn.model.state_dict().values())

@@ -28,8 +28,17 @@ def test_the_cpu_is_the_default_beside_a_gpu(pretended, monkeypatch):
     monkeypatch.setattr(defaults, 'use_cuda', None)
     assert default_device()==torch.device('cuda', 0)                     # control: fastai's own choice
 
-@pytest.mark.parametrize('args,seen', [(['tests'], False), (['-n', 'auto', '--ignore', 'test_cuda.py', '.'], False), (['test_cuda.py','test_devices.py'], False),
-    ([], False), (['test_cuda.py'], True), (['-q', 'test_cuda.py::test_views', '-k', 'seed'], True)])
+@pytest.mark.parametrize(
+    'args,seen',
+    [
+        (['tests'], False),
+        (['-n', 'auto', '--ignore', 'test_cuda.py', '.'], False),
+        (['test_cuda.py', 'test_devices.py'], False),
+        ([], False),
+        (['test_cuda.py'], True),
+        (['-q', 'test_cuda.py::test_views', '-k', 'seed'], True),
+    ],
+)
 def test_gpus_are_hidden_from_all_tests_but_test_cuda_alone(args, seen, monkeypatch):
     monkeypatch.chdir(here)
     assert only_cuda(args)==seen
@@ -41,16 +50,22 @@ def test_files_are_opened_without_a_fork_once_cuda_has_started(tmp_path, monkeyp
     files = sorted(tmp_path.glob('*.png'))
     started = []
     submit = process.ProcessPoolExecutor.submit
-    monkeypatch.setattr(process.ProcessPoolExecutor, 'submit', lambda self, *args, **kwargs: (started.append(1), submit(self, *args, **kwargs))[1])
-    with pytest.warns(UserWarning, match='1 of 4 images cannot be read'): assert readable_images(files, skip_bad=True)==files[:3]
-    assert started                                                       # processes, which open files faster than threads
+    monkeypatch.setattr(
+        process.ProcessPoolExecutor,
+        'submit',
+        lambda self, *args, **kwargs: (started.append(1), submit(self, *args, **kwargs))[1],
+    )
+    with pytest.warns(UserWarning, match='1 of 4 images cannot be read'):
+        assert readable_images(files, skip_bad=True) == files[:3]
+    assert started  # processes, which open files faster than threads
     started.clear()
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     with pytest.warns(UserWarning, match='bad.png'): assert readable_images(files, skip_bad=True)==files[:3]
     assert not started
 
 def test_forked_workers_collect_nothing_that_was_there_before():
-    "Pinned memory that an interrupted fit has left must not be freed by a worker: on a GPU that ends the worker (seen on an H100)"
+    """Pinned memory that an interrupted fit has left must not be freed by a worker: on a GPU that ends the worker
+    (seen on an H100)"""
     code = """
 import gc, os
 from ressl_fastai.callback import _let_workers_collect_nothing
@@ -61,5 +76,7 @@ def in_a_worker():
 before = in_a_worker()
 _let_workers_collect_nothing()
 print(before==0, in_a_worker()>10_000)"""
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.split()==['True','True']

@@ -1,16 +1,19 @@
-"Evaluation against scikit-learn and a plain-numpy reading of the papers' SGD; the kNN column and the callbacks that watch it."
+"""Evaluation against scikit-learn and a plain-numpy reading of the papers' SGD; the kNN column and the callbacks
+that watch it."""
+
 import math
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (Callback, DataBlock, EarlyStoppingCallback, ImageBlock, IndexSplitter, MultiCategoryBlock, Normalize, PILImageBW, RegressionBlock,
-    SaveModelCallback, aug_transforms)
+from fastai.vision.all import (Callback, DataBlock, EarlyStoppingCallback, ImageBlock, IndexSplitter,
+                               MultiCategoryBlock, Normalize, PILImageBW, RegressionBlock, SaveModelCallback,
+                               aug_transforms)
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from ressl_fastai.data import digits_dls
-from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy, linear_probe
+from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy
 from ressl_fastai.label_efficiency import labelled_part
 from test_training import fit, make
 
@@ -30,22 +33,31 @@ def test_before_and_after_the_projector(teacher):
     learn = fit(few())
     x = torch.cat([b[0] for b in learn.dls.valid]).as_subclass(torch.Tensor)
     model = learn.model.eval()
-    with torch.no_grad(): before,after = (model.teacher[0](x),model.teacher(x)) if teacher else (model.encode(x),model(x))
+    with torch.no_grad():
+        before, after = (model.teacher[0](x), model.teacher(x)) if teacher else (model.encode(x), model(x))
     model.train()
     got = embed(learn, teacher=teacher)[0],embed(learn, teacher=teacher, projected=True)[0]
     for a,b in zip(got, (before,after)): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert all(m.training for m in model.projector.modules())
-    for a,b in zip(got, (embed(learn, teacher=not teacher)[0],embed(learn, teacher=not teacher, projected=True)[0])): assert not torch.allclose(a, b)  # control
+    for a, b in zip(got, (embed(learn, teacher=not teacher)[0], embed(learn, teacher=not teacher, projected=True)[0])):
+        assert not torch.allclose(a, b)  # control
+
 
 # kNN in the table
 
 def reference_knn(learn, idxs, k=20):
     (x,y),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
-    return KNeighborsClassifier(k, metric='cosine', weights=lambda d: np.exp(-d/0.1)).fit(x[idxs], y[idxs]).score(vx, vy)
+    return (
+        KNeighborsClassifier(k, metric='cosine', weights=lambda d: np.exp(-d / 0.1)).fit(x[idxs], y[idxs]).score(vx, vy)
+    )
+
 
 def test_bank_is_bounded_and_never_changes(monkeypatch):
     learn,metric,seen = few(400),KNNAccuracy(bank=60),[]
-    monkeypatch.setattr('ressl_fastai.evaluate.knn_accuracy', lambda *args, real=KNNAccuracy.value.fget.__globals__['knn_accuracy']: seen.append(args[:2]) or real(*args))
+    monkeypatch.setattr(
+        'ressl_fastai.evaluate.knn_accuracy',
+        lambda *args, real=KNNAccuracy.value.fget.__globals__['knn_accuracy']: seen.append(args[:2]) or real(*args),
+    )
     learn.metrics = metric
     fit(learn, 2)
     got = [learn.validate()[1] for _ in range(2)]
@@ -53,7 +65,9 @@ def test_bank_is_bounded_and_never_changes(monkeypatch):
     assert len(ys[0])==60 and all(o==ys[0] for o in ys)
     all_x,all_y = embed(learn, learn.dls.train)
     idxs = [next(i for i in range(len(all_x)) if torch.allclose(all_x[i], o, atol=1e-5)) for o in seen[-1][0]]
-    assert len(set(idxs))>=58 and len(set(all_y[idxs].tolist()))==10     # spread over the training set; a few digits are alike
+    assert (
+        len(set(idxs)) >= 58 and len(set(all_y[idxs].tolist())) == 10
+    )  # spread over the training set; a few digits are alike
     assert got[0]==got[1]==pytest.approx(reference_knn(learn, idxs), abs=0.003)
     assert abs(got[0]-reference_knn(learn, slice(None)))>0.01              # control: the whole training set
 
@@ -75,7 +89,9 @@ def test_epochs_without_a_value_are_nan_and_never_the_best(tmp_path):
 
 def test_early_stopping_counts_epochs_without_a_value():
     learn = few(metrics=KNNAccuracy(every=2))
-    fit(learn, 9, lr=0., cbs=EarlyStoppingCallback(monitor='knn_accuracy', patience=4))  # nothing is learnt (batch norm apart): no improvement after the first value
+    fit(
+        learn, 9, lr=0.0, cbs=EarlyStoppingCallback(monitor='knn_accuracy', patience=4)
+    )  # nothing is learnt (batch norm apart): no improvement after the first value
     assert len(learn.recorder.values)==6
 
 def test_validation_outside_of_training_always_has_a_value():
@@ -105,7 +121,10 @@ def test_logistic_is_scikit_learns():
     assert got['C']==C and got['top1']==pytest.approx(clf.score((vx-mean)/std, vy), abs=1e-6)
     assert got['top5']==pytest.approx(top_k_accuracy_score(vy, scores, k=5), abs=1e-6)
     unscaled = LogisticRegression(C=C, max_iter=1000).fit(x, y).score(vx, vy)
-    assert got['top1']!=pytest.approx(unscaled, abs=1e-6) and got['top5']!=pytest.approx(top_k_accuracy_score(vy, scores, k=4), abs=1e-6)  # controls
+    assert got['top1'] != pytest.approx(unscaled, abs=1e-6) and got['top5'] != pytest.approx(
+        top_k_accuracy_score(vy, scores, k=4), abs=1e-6
+    )  # controls
+
 
 def test_logistic_takes_its_statistics_from_all_images_and_works_with_one_label_per_class():
     (x,y),(vx,_) = clusters(7, 0),clusters(300, 1)
@@ -120,7 +139,8 @@ def numpy_sgd(x, y, w, b, lrs, orders, nesterov=True):
     for lr,order in zip(lrs, orders):
         for idxs in np.split(order, range(256, len(order), 256)):
             z = x[idxs]@w.T+b
-            p = np.exp(z-z.max(1, keepdims=True)); p /= p.sum(1, keepdims=True)
+            p = np.exp(z - z.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
             d = (p-onehot[y[idxs]])/len(idxs)
             gw,gb = d.T@x[idxs],d.sum(0)
             vw,vb = 0.9*vw+gw,0.9*vb+gb
@@ -141,7 +161,10 @@ def test_sgd_is_the_papers(protocol):
     want = numpy_sgd(x.numpy(), y.numpy(), w, np.zeros(7), lrs, orders)
     np.testing.assert_allclose(net.weight.detach().numpy(), want[0], rtol=1e-9)
     np.testing.assert_allclose(net.bias.detach().numpy(), want[1], rtol=1e-9)
-    for wrong in (numpy_sgd(x.numpy(), y.numpy(), w, np.zeros(7), lrs, orders, nesterov=False), numpy_sgd(x.numpy(), y.numpy(), w, np.zeros(7), [lr]*n, orders)):
+    for wrong in (
+        numpy_sgd(x.numpy(), y.numpy(), w, np.zeros(7), lrs, orders, nesterov=False),
+        numpy_sgd(x.numpy(), y.numpy(), w, np.zeros(7), [lr] * n, orders),
+    ):
         assert abs(wrong[0]-want[0]).max()>1e-3  # controls: no Nesterov, no schedule
 
 def test_sgd_headline_is_the_last_epoch():
@@ -159,10 +182,11 @@ def test_linear_probe_is_on_clean_images_of_any_dataloader():
     part = learn.dls.train.new(get_idxs=lambda: list(range(0, 200, 3)))
     for kw in (dict(teacher=True), dict(projected=True)):
         (x,y),valid = embed(learn, learn.dls.train, **kw),embed(learn, **kw)
-        assert linear_probe(learn, part, **kw)==linear_accuracy(x[::3], y[::3], *valid)
+        assert learn.linear_probe(part, **kw)==linear_accuracy(x[::3], y[::3], *valid)
 
 def test_embed_sees_clean_images_in_the_order_of_the_items():
-    "Against the encoder applied to the stored pixels, normalised by hand; control: what the loader itself gives is augmented and shuffled"
+    """Against the encoder applied to the stored pixels, normalised by hand; control: what the loader itself gives
+    is augmented and shuffled"""
     dls = digits_dls(8, batch_tfms=aug_transforms(size=8, max_rotate=30., p_affine=1.))
     learn = make(dls, queue_size=64)
     norm = next(f for f in learn.dls.train.after_batch.fs if isinstance(f, Normalize))
@@ -189,17 +213,36 @@ def test_classes_that_training_lacks_are_never_right():
 
 def other_dls(block, get_y):
     ims = (np.random.RandomState(0).rand(40, 8, 8)*255).astype(np.uint8)
-    return DataBlock((ImageBlock(PILImageBW), block), get_x=ims.__getitem__, get_y=get_y, splitter=IndexSplitter(range(30, 40))).dataloaders(range(40), bs=8, num_workers=0)
+    return DataBlock(
+        (ImageBlock(PILImageBW), block), get_x=ims.__getitem__, get_y=get_y, splitter=IndexSplitter(range(30, 40))
+    ).dataloaders(range(40), bs=8, num_workers=0)
 
-@pytest.mark.parametrize('block,get_y', [(MultiCategoryBlock, lambda i: ['a','b'] if i%2 else ['b']), (RegressionBlock, lambda i: i+0.5)], ids=['multi-label','regression'])
+
+@pytest.mark.parametrize(
+    'block,get_y',
+    [(MultiCategoryBlock, lambda i: ['a', 'b'] if i % 2 else ['b']), (RegressionBlock, lambda i: i + 0.5)],
+    ids=['multi-label', 'regression'],
+)
 def test_other_targets_are_refused_in_words(block, get_y):
     learn = make(other_dls(block(), get_y), queue_size=16)
-    with pytest.raises(ValueError, match='train_y must hold one category per image'): linear_probe(learn)
+    with pytest.raises(ValueError, match='train_y must hold one category per image'): learn.linear_probe()
     learn.metrics = KNNAccuracy()
-    with pytest.raises(ValueError, match="the validation set's targets must hold one category per image"), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with (
+        pytest.raises(ValueError, match="the validation set's targets must hold one category per image"),
+        learn.no_bar(),
+        learn.no_logging(),
+    ):
+        learn.fit(1)
+
 
 def test_impossible_arguments_raise():
     learn = few()
-    for f,kw,nm in ((KNNAccuracy,dict(every=0),'every'), (KNNAccuracy,dict(bank=0),'bank'), (KNNAccuracy,dict(k=0),'k'), (linear_probe,dict(learn=learn, lr=0, protocol='step'),'lr'),
-                    (linear_probe,dict(learn=learn, n_epoch=0),'n_epoch'), (linear_probe,dict(learn=learn, protocol='sgd'),'protocol')):
+    for f, kw, nm in (
+        (KNNAccuracy, dict(every=0), 'every'),
+        (KNNAccuracy, dict(bank=0), 'bank'),
+        (KNNAccuracy, dict(k=0), 'k'),
+        (learn.linear_probe, dict(lr=0, protocol='step'), 'lr'),
+        (learn.linear_probe, dict(n_epoch=0), 'n_epoch'),
+        (learn.linear_probe, dict(protocol='sgd'), 'protocol'),
+    ):
         with pytest.raises(ValueError, match=f'{nm} must be'): f(**kw)

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 
 import ressl_fastai.report
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import KNNAccuracy, embed, linear_probe
+from ressl_fastai.evaluate import KNNAccuracy, embed
 import ressl_fastai.curate
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
@@ -201,7 +201,7 @@ def test_no_validation_set(tmp_path):
     for dls in (alone, DataLoaders(labelled.train, empty)):
         learn = make(dls, tmp_path, metrics=None)
         assert learn.recorder.values[-1][1:]==[None,None] and len(embed(learn, learn.dls.train)[0])==13
-        for f in (lambda: embed(learn), lambda: linear_probe(learn)):
+        for f in (lambda: embed(learn), lambda: learn.linear_probe()):
             with pytest.raises(ValueError, match='the validation set is empty'): f()
         for cb in (EarlyStoppingCallback(), SaveModelCallback('knn_accuracy')):
             with pytest.raises(ValueError, match='needs validation images'): learn.fit(1, cbs=cb)
@@ -211,7 +211,9 @@ def test_no_validation_set(tmp_path):
         assert len(exported(learn).dls.valid_ds)==0
 
 def test_epochs_without_a_value_do_not_stop_early(tmp_path, monkeypatch):
-    monkeypatch.setattr('ressl_fastai.evaluate.knn_accuracy', lambda *args, **kwargs: 0.5)  # batch norms move at learning rate 0 too
+    monkeypatch.setattr(
+        'ressl_fastai.evaluate.knn_accuracy', lambda *args, **kwargs: 0.5
+    )  # batch norms move at learning rate 0 too
     learn = make(make_dls(tmp_path, labels=True), tmp_path, metrics=KNNAccuracy(every=3))
     for cb in (EarlyStoppingCallback('knn_accuracy', patience=2), ReduceLROnPlateau('knn_accuracy', patience=1)):
         with pytest.raises(ValueError, match='patience must be at least 3'): learn.fit(6, cbs=cb)

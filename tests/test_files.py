@@ -1,4 +1,6 @@
-"What was finished is there, whatever the disk, another process or the system does: files are written and read in one way."
+"""What was finished is there, whatever the disk, another process or the system does: files are written and read in
+one way."""
+
 import errno, fcntl, os, pickle, random, signal, stat, subprocess, sys, warnings
 from functools import partial
 from multiprocessing import context
@@ -42,7 +44,8 @@ def test_a_failed_write_changes_nothing(tmp_path, monkeypatch, step, error):
         with writing(file) as f:
             f.write(b'new')
             if step=='write': raising(error)()
-    if isinstance(error, int): assert str(file) in str(e.value) and os.strerror(error) in str(e.value) and 'as it was' in str(e.value)
+    if isinstance(error, int):
+        assert str(file) in str(e.value) and os.strerror(error) in str(e.value) and 'as it was' in str(e.value)
     assert file.read_text()=='old' and os.listdir(tmp_path)==['f.txt']
 
 @pytest.mark.parametrize('nth', [1, 2, 5, 9])
@@ -69,16 +72,19 @@ def test_an_error_that_is_not_of_the_disk_stays_what_it_is(tmp_path):
     assert os.listdir(tmp_path)==[]
 
 class Disk:
-    "What would be there after a power cut: the content that a file had when it was last brought to the disk, under a name that is on the disk too"
+    """What would be there after a power cut: the content that a file had when it was last brought to the disk,
+    under a name that is on the disk too"""
+
     def __init__(self, monkeypatch):
         self.files,self.folders = {},{}
         fsync = os.fsync
         def record(fd):
             fsync(fd)
             o = os.fstat(fd)
-            if stat.S_ISDIR(o.st_mode): self.folders[o.st_ino] = {nm:os.stat(nm, dir_fd=fd).st_ino for nm in os.listdir(fd)}
+            if stat.S_ISDIR(o.st_mode):
+                self.folders[o.st_ino] = {nm: os.stat(nm, dir_fd=fd).st_ino for nm in os.listdir(fd)}
             else:
-                assert fcntl.fcntl(fd, fcntl.F_GETFL)&os.O_ACCMODE!=os.O_RDONLY  # Windows would refuse
+                assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY  # Windows would refuse
                 self.files[o.st_ino] = Path(f'/proc/self/fd/{fd}').read_bytes()
         monkeypatch.setattr(os, 'fsync', record)
 
@@ -144,7 +150,10 @@ with replacing('{tmp_path}/f.txt') as f:
         other.wait()
         write_text(tmp_path/'g.txt', 'g')
         assert sorted(os.listdir(tmp_path))==['film.mp4.part','g.txt']
-    finally: other.kill(); other.wait()
+    finally:
+        other.kill()
+        other.wait()
+
 
 def test_two_that_write_one_file_do_not_mix(tmp_path):
     with writing(tmp_path/'f') as a, writing(tmp_path/'f') as b:
@@ -152,7 +161,9 @@ def test_two_that_write_one_file_do_not_mix(tmp_path):
         b.write(b'b'*10)
     assert (tmp_path/'f').read_bytes()==b'a'*9000 and os.listdir(tmp_path)==['f']
 
-@pytest.mark.parametrize('e,fails', [(errno.EINVAL,False), (errno.EOPNOTSUPP,False), (errno.EACCES,False), (errno.EIO,True)])
+@pytest.mark.parametrize(
+    'e,fails', [(errno.EINVAL, False), (errno.EOPNOTSUPP, False), (errno.EACCES, False), (errno.EIO, True)]
+)
 def test_a_folder_that_cannot_be_brought_to_the_disk(tmp_path, monkeypatch, e, fails):
     fsync = os.fsync
     monkeypatch.setattr(os, 'fsync', lambda fd: raising(e)() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd))
@@ -167,11 +178,23 @@ def test_any_wrong_bit_is_found(tmp_path):
     file = write_torch(tmp_path/'a.pth', dict(w=torch.arange(200.), b=[1,'x',None]))
     assert torch.load(file, weights_only=True)['b']==[1,'x',None]          # as others read it
     good,rng = file.read_bytes(),random.Random(0)
-    places = [*range(0, len(good), 37), *range(len(good)-120, len(good))]  # the last ones: tables of the zip file and the checksum
+    places = [
+        *range(0, len(good), 37),
+        *range(len(good) - 120, len(good)),
+    ]  # the last ones: tables of the zip file and the checksum
     for i in places:
         file.write_bytes(flipped(good, i, rng.randrange(8)))
         with pytest.raises(Exception): read_torch(file)
-    for b in (b'', good[:-1], good[:-32], good[:-60], good[:500], good+b'x', good[:300]+good[301:], good.replace(b'SHA-256', b'sha-256')):
+    for b in (
+        b'',
+        good[:-1],
+        good[:-32],
+        good[:-60],
+        good[:500],
+        good + b'x',
+        good[:300] + good[301:],
+        good.replace(b'SHA-256', b'sha-256'),
+    ):
         file.write_bytes(b)
         with pytest.raises(Exception): read_torch(file)
     file.write_bytes(good)
@@ -215,16 +238,28 @@ def test_damaged_encoder_files_are_not_loaded(encoder, tmp_path):
 
 def changed(state, v): return {**state, 'body':{**state['body'], '0.0.weight':v(state['body']['0.0.weight'])}}
 
-@pytest.mark.parametrize('v,text', [
-    (lambda w: w*float('nan'), 'not finite'), (lambda w: w.index_fill(0, torch.tensor([0]), float('inf')), 'not finite'), (lambda w: w.to(torch.int8), 'int8'),
-    (lambda w: w.to(torch.complex64), 'complex64'), (lambda w: w.to_sparse(), 'sparse'), (lambda w: w.tolist(), 'tensors differ'),
-    (lambda w: w.double(), None), (lambda w: w.half(), None), (lambda w: w, None)], ids='nan inf int8 complex sparse list double half same'.split())
+@pytest.mark.parametrize(
+    'v,text',
+    [
+        (lambda w: w * float('nan'), 'not finite'),
+        (lambda w: w.index_fill(0, torch.tensor([0]), float('inf')), 'not finite'),
+        (lambda w: w.to(torch.int8), 'int8'),
+        (lambda w: w.to(torch.complex64), 'complex64'),
+        (lambda w: w.to_sparse(), 'sparse'),
+        (lambda w: w.tolist(), 'tensors differ'),
+        (lambda w: w.double(), None),
+        (lambda w: w.half(), None),
+        (lambda w: w, None),
+    ],
+    ids='nan inf int8 complex sparse list double half same'.split(),
+)
 def test_weights_of_another_kind_are_refused_by_name(encoder, tmp_path, v, text):
     state = torch.load(encoder, weights_only=True)
-    torch.save(changed(state, v), tmp_path/'a.pth')                        # as by somebody else, and as earlier versions did
+    torch.save(changed(state, v), tmp_path / 'a.pth')  # as by somebody else, and as earlier versions did
     enc = create_encoder(tiny, 1, size=8)
     if text:
-        with pytest.raises(ValueError, match=rf'a.pth.*0.0.weight.*{text}|a.pth.*{text}.*0.0.weight'): load_encoder(enc, tmp_path/'a.pth')
+        with pytest.raises(ValueError, match=rf'a.pth.*0.0.weight.*{text}|a.pth.*{text}.*0.0.weight'):
+            load_encoder(enc, tmp_path / 'a.pth')
     else:
         load_encoder(enc, tmp_path/'a.pth')
         torch.testing.assert_close(enc[0].state_dict()['0.0.weight'], state['body']['0.0.weight'], atol=1e-3, rtol=1e-3)
@@ -234,7 +269,9 @@ def test_encoder_files_that_are_not_whole_are_refused_by_name(encoder, tmp_path,
     state = torch.load(encoder, weights_only=True)
     for o in ({k:v for k,v in state.items() if k!=key}, {**state, key:[1]}, {**state, key:b'x'}):
         torch.save(o, tmp_path/'a.pth')
-        with pytest.raises(ValueError, match=rf'a.pth.*{key} is '): load_encoder(create_encoder(tiny, 1, size=8), tmp_path/'a.pth')
+        with pytest.raises(ValueError, match=rf'a.pth.*{key} is '):
+            load_encoder(create_encoder(tiny, 1, size=8), tmp_path / 'a.pth')
+
 
 # checkpoints
 
@@ -269,7 +306,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_a_training(tmp_pa
 @pytest.mark.parametrize('e', [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
 def test_a_file_system_without_locks_is_trained_on_with_a_warning(tmp_path, monkeypatch, e):
     monkeypatch.setattr(fcntl, 'lockf', raising(e))
-    with pytest.warns(UserWarning, match=rf'run cannot be reserved.*{os.strerror(e)}'): fit(make(), n=1, cbs=Checkpoint(tmp_path/'run'))
+    with pytest.warns(UserWarning, match=rf'run cannot be reserved.*{os.strerror(e)}'):
+        fit(make(), n=1, cbs=Checkpoint(tmp_path / 'run'))
     assert checkpoints(tmp_path/'run')
 
 @pytest.mark.parametrize('e', [errno.EACCES, errno.EAGAIN])
@@ -282,11 +320,17 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, monke
     steps = []
     class Count(Callback):
         def before_batch(self): steps.append(1)
-    for kw,cb in ((dict(path='/proc/ressl'), SaveModelCallback()), (dict(path=tmp_path), SaveModelCallback(fname='/proc/ressl/best')),
-                  (dict(path=tmp_path), Checkpoint('/proc/ressl/run')), (dict(path='/proc/ressl'), [Checkpoint(tmp_path/'run'),CSVLogger()])):
+
+    for kw, cb in (
+        (dict(path='/proc/ressl'), SaveModelCallback()),
+        (dict(path=tmp_path), SaveModelCallback(fname='/proc/ressl/best')),
+        (dict(path=tmp_path), Checkpoint('/proc/ressl/run')),
+        (dict(path='/proc/ressl'), [Checkpoint(tmp_path / 'run'), CSVLogger()]),
+    ):
         learn = make()
         learn.path = Path(kw['path'])
-        with pytest.raises(OSError, match='/proc/ressl'): fit(learn, n=1, cbs=[*(cb if isinstance(cb, list) else [cb]), Count()])
+        with pytest.raises(OSError, match='/proc/ressl'):
+            fit(learn, n=1, cbs=[*(cb if isinstance(cb, list) else [cb]), Count()])
     assert steps==[]
     fit(make(path=tmp_path), n=1, cbs=[SaveModelCallback(fname='new/best'), Count()])
     assert steps
@@ -307,9 +351,12 @@ def pictures(path, n):
 
 def test_results_among_the_images_are_no_images(tmp_path):
     pictures(tmp_path, 6)
-    for nm,config in {'run':'{"command": "ressl_pretrain . --size=8"}', 'a/b/old':'{"command": "ressl_evaluate run ."}'}.items():
-        pictures(tmp_path/nm, 2)
-        pictures(tmp_path/nm/'inside', 1)
+    for nm, config in {
+        'run': '{"command": "ressl_pretrain . --size=8"}',
+        'a/b/old': '{"command": "ressl_evaluate run ."}',
+    }.items():
+        pictures(tmp_path / nm, 2)
+        pictures(tmp_path / nm / 'inside', 1)
         (tmp_path/nm/'config.json').write_text(config)
     assert find_images(tmp_path).map(lambda o: o.parent)==[tmp_path]*6
     for i,config in enumerate(('{"name": "my data"}', 'half {', '[1]', '{"command": 3}')):  # of the user's data
@@ -338,7 +385,11 @@ def test_a_run_among_the_images_is_continued(tmp_path, monkeypatch, capsys):
 
 # the cache
 
-def folder_dls(path, **kwargs): return ImageDataLoaders.from_folder(path, valid_pct=0.25, seed=0, num_workers=0, **{'item_tfms':Resize(8), 'bs':4, **kwargs})
+def folder_dls(path, **kwargs):
+    return ImageDataLoaders.from_folder(
+        path, valid_pct=0.25, seed=0, num_workers=0, **{'item_tfms': Resize(8), 'bs': 4, **kwargs}
+    )
+
 
 def images_of(dls): return torch.cat([o.images[o.rows] for o in dls]).as_subclass(torch.Tensor)
 
@@ -358,14 +409,19 @@ def test_a_damaged_cache_is_made_anew(wide):
     def got(): return images_of(cached_dls(folder_dls(wide/'images'), wide/'cache'))
     got()
     good,rng = file.read_bytes(),random.Random(0)
-    bits = [flipped(good, i, rng.randrange(8)) for i in [*range(0, 64, 5), *(rng.randrange(128, len(good)) for _ in range(20))]]
+    bits = [
+        flipped(good, i, rng.randrange(8))
+        for i in [*range(0, 64, 5), *(rng.randrange(128, len(good)) for _ in range(20))]
+    ]
     for b in [b'', good[:100], good[:-9], b'PK\3\4'+good[4:], good[:512]+bytes(512)+good[1024:], *bits]:
         file.unlink()  # what is in use elsewhere is not written to
         file.write_bytes(b)
         with warnings.catch_warnings(record=True) as w:
             warnings.simplefilter('always')
             assert torch.equal(got(), want)
-        assert {'damaged' in str(o.message) for o in w}=={True} or file.read_bytes()!=good and not w  # a bit of the header that means nothing
+        assert (
+            {'damaged' in str(o.message) for o in w} == {True} or file.read_bytes() != good and not w
+        )  # a bit of the header that means nothing
     file.unlink()
     with pytest.warns(UserWarning, match='damaged'): assert torch.equal(got(), want)
     (wide/'cache'/'manifest.json').write_text('{"images": ')
@@ -407,7 +463,9 @@ def test_two_processes_with_one_cache_folder_each_have_their_images(wide, monkey
     assert torch.equal(first, want['crop']) and torch.equal(other[0], want['squish'])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        for how in ('crop','squish','crop'): assert torch.equal(images_of(cached_dls(one(how), wide/'cache')), want[how])
+        for how in ('crop', 'squish', 'crop'):
+            assert torch.equal(images_of(cached_dls(one(how), wide / 'cache')), want[how])
+
 
 def test_a_full_disk_is_an_error_of_the_cache_and_leaves_the_old_one(wide):
     import resource
@@ -416,7 +474,8 @@ def test_a_full_disk_is_an_error_of_the_cache_and_leaves_the_old_one(wide):
     soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        with pytest.raises(OSError, match='cannot write .*images.npy: File too large'): cached_dls(folder_dls(wide/'images', item_tfms=Resize(40)), wide/'cache')
+        with pytest.raises(OSError, match='cannot write .*images.npy: File too large'):
+            cached_dls(folder_dls(wide / 'images', item_tfms=Resize(40)), wide / 'cache')
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {f.name:f.read_bytes() for f in (wide/'cache').iterdir()}==before
 
@@ -424,7 +483,10 @@ def test_a_cache_that_cannot_be_written_is_still_read(wide, monkeypatch):
     cached_dls(folder_dls(wide/'images'), wide/'cache')
     monkeypatch.setattr("builtins.open", _no_writing(open))
     monkeypatch.setattr(Path, "open", _no_writing(Path.open))
-    assert torch.equal(images_of(cached_dls(folder_dls(wide/'images'), wide/'cache')), decoded(folder_dls(wide/'images')))
+    assert torch.equal(
+        images_of(cached_dls(folder_dls(wide / 'images'), wide / 'cache')), decoded(folder_dls(wide / 'images'))
+    )
+
 
 def _no_writing(f):
     def g(*args, **kwargs):
@@ -436,7 +498,8 @@ def _no_writing(f):
 def test_images_of_two_sizes_are_refused_in_memory_and_in_a_folder(wide):
     Image.fromarray(np.zeros((9,9,3), np.uint8)).save(wide/'images'/'a'/'00.png')
     for where in (None, wide/'cache'):
-        with pytest.raises(ValueError, match='one size'): cached_dls(folder_dls(wide/'images', item_tfms=None, bs=1), where)
+        with pytest.raises(ValueError, match='one size'):
+            cached_dls(folder_dls(wide / 'images', item_tfms=None, bs=1), where)
     assert not (wide/'cache'/'images.npy').exists()
 
 # workers that are spawned

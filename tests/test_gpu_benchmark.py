@@ -15,7 +15,9 @@ def gpu():
 def test_a_section_finds_what_it_looks_for(gpu, name, tmp_path):
     gpu.section(name, tmp_path, tiny=True)
     lines = [json.loads(l) for l in (tmp_path/'gpu.jsonl').read_text().splitlines()]
-    assert lines and all(l['section']==name and l['device']=='cpu' and l['versions']['torch']==torch.__version__ for l in lines)
+    assert lines and all(
+        l['section'] == name and l['device'] == 'cpu' and l['versions']['torch'] == torch.__version__ for l in lines
+    )
     assert [l for l in lines if 'error' in l and l.get('what')!='kornia']==[]  # which is compared with where it is
     if name=='equal': assert max(l.get('most', l.get('off')) for l in lines)==0
 
@@ -24,4 +26,8 @@ def test_what_fails_is_said(gpu, tmp_path, monkeypatch):
     gpu.section('env', tmp_path, tiny=True)
     assert 'ZeroDivisionError' in json.loads((tmp_path/'gpu.jsonl').read_text())['error']
 
-def test_every_section_has_a_limit(gpu): assert gpu.limits.keys()=={nm[4:] for nm in vars(gpu) if nm.startswith('run_')} and set(gpu.alone)<=gpu.limits.keys()
+def test_every_section_has_a_limit(gpu):
+    assert (
+        gpu.limits.keys() == {nm[4:] for nm in vars(gpu) if nm.startswith('run_')}
+        and set(gpu.alone) <= gpu.limits.keys()
+    )

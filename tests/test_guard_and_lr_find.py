@@ -1,10 +1,12 @@
-"A bad batch leaves nothing behind, nor does `lr_find`; bfloat16 only where it computes rightly; clean predictions of the training set."
+"""A bad batch leaves nothing behind, nor does `lr_find`; bfloat16 only where it computes rightly; clean predictions
+of the training set."""
+
 import math, re
 from functools import partial
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders, Recorder, Resize, SaveModelCallback,
-    aug_transforms, set_seed)
+from fastai.vision.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders,
+                               Recorder, Resize, SaveModelCallback, aug_transforms, set_seed)
 from PIL import Image
 from torch import nn
 
@@ -19,11 +21,23 @@ from ressl_fastai.views import strong_tfms, weak_tfms
 from test_health import NoBN, Spoil, fit, mild, same, state
 
 class Net(nn.Sequential):
-    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16))
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)
+        )
+
 
 def make(bs=128, arch=None, **kwargs):
     set_seed(0)
-    kw = dict(queue_size=200, n_hidden=16, dim=8, metrics=[], precision='float32', weak_tfms=weak_tfms(8, **mild), strong_tfms=strong_tfms(8, **mild))
+    kw = dict(
+        queue_size=200,
+        n_hidden=16,
+        dim=8,
+        metrics=[],
+        precision='float32',
+        weak_tfms=weak_tfms(8, **mild),
+        strong_tfms=strong_tfms(8, **mild),
+    )
     return ressl_learner(digits_dls(8, bs=bs), arch or Net(), **{**kw, **kwargs})
 
 class Before(Callback):
@@ -32,7 +46,14 @@ class Before(Callback):
     def before_fit(self): self.n = 0
     def before_batch(self):
         self.n += 1
-        self.model,self.opt_state = state(self.learn),[{k:v.clone() if hasattr(v, 'clone') else v for k,v in s.items()} for s in self.learn.opt.state_dict()['state']]
+        self.model, self.opt_state = (
+            state(self.learn),
+            [
+                {k: v.clone() if hasattr(v, 'clone') else v for k, v in s.items()}
+                for s in self.learn.opt.state_dict()['state']
+            ],
+        )
+
 
 class BadGradient(Callback):
     "A gradient that is not finite behind a finite loss"
@@ -85,7 +106,10 @@ def test_overflow_of_statistics_alone_is_seen():
         def before_step(self):
             if self.train_iter==3: self.learn.model.encoder[0][1].running_var[0] = math.inf
     learn = fit(make(), cbs=Large())
-    assert 'encoder.0.1.running_var overflows' in learn.guard.alarms[0] and all(v.isfinite().all() for v in state(learn).values())
+    assert 'encoder.0.1.running_var overflows' in learn.guard.alarms[0] and all(
+        v.isfinite().all() for v in state(learn).values()
+    )
+
 
 def test_a_good_training_is_the_same_with_and_without_a_guard():
     assert same(state(fit(make())), state(fit(make(guard=False))))
@@ -93,18 +117,28 @@ def test_a_good_training_is_the_same_with_and_without_a_guard():
 def test_collapse_is_said_within_40_steps_by_the_default_guard(monkeypatch):
     monkeypatch.setattr(health, '_size_of_weights', lambda net: 1.)  # which would be said after 20 steps
     learn = fit(make(bs=32, arch=NoBN(), projector_bn=False, queue_size=100), 1, 30.)
-    assert 'after 40 steps' in learn.guard.alarms[0] and 'all images get almost the same embedding' in learn.guard.alarms[0]
+    assert (
+        'after 40 steps' in learn.guard.alarms[0]
+        and 'all images get almost the same embedding' in learn.guard.alarms[0]
+    )
     assert fit(make(bs=32, arch=NoBN(), projector_bn=False, queue_size=100), 1, 1e-3).guard.alarms==[]
 
 resnet = partial(small_resnet, widen=0.25)
 
-# measured in six epochs, two seeds each: nearest neighbours right .76 to .86 after 0.001 and 0.01, .53 to .68 after 0.3, 1 and 30, and .79 before the training
-@pytest.mark.parametrize('kw', [{}, dict(projector_bn=False), dict(predictor_layers=2), dict(wd=0.1)], ids=['plain','no bn','predictor','decay'])
+# measured in six epochs, two seeds each: nearest neighbours right .76 to .86 after 0.001 and 0.01, .53 to .68 after
+# 0.3, 1 and 30, and .79 before the training
+@pytest.mark.parametrize(
+    'kw',
+    [{}, dict(projector_bn=False), dict(predictor_layers=2), dict(wd=0.1)],
+    ids=['plain', 'no bn', 'predictor', 'decay'],
+)
 @pytest.mark.parametrize('lr,said', [(1e-3,False), (1e-2,False), (3e-2,False), (0.3,True), (1.,True), (30.,True)])
 def test_a_learning_rate_that_is_too_high_is_said(lr, said, kw):
     "What is not collapse: the embeddings differ, and are worse than those of a random network"
     learn = fit(make(bs=32, arch=resnet, **kw), 2, lr)
-    assert len(learn.guard.alarms)==said and all('times as large as' in o or 'not finite' in o for o in learn.guard.alarms)
+    assert len(learn.guard.alarms) == said and all(
+        'times as large as' in o or 'not finite' in o for o in learn.guard.alarms
+    )
     assert all('learning rate' in o for o in learn.guard.alarms)
     if said: assert int(re.search(r'after (\d+) steps', learn.guard.alarms[0])[1])<=50
 
@@ -113,7 +147,9 @@ def test_slow_growth_of_weights_is_no_alarm():
     class Grow(Callback):
         order = Guard.order-1
         def after_step(self):
-            with torch.no_grad(): torch._foreach_mul_([p for p in self.model.parameters() if p.requires_grad], 10**(1/400))
+            with torch.no_grad():
+                torch._foreach_mul_([p for p in self.model.parameters() if p.requires_grad], 10 ** (1 / 400))
+
     learn = fit(make(bs=16), 5, 1e-4, cbs=Grow())
     assert learn.guard.alarms==[] and learn.guard.n_steps>400
 
@@ -123,14 +159,18 @@ def test_a_learning_rate_that_is_no_number_is_not_used(lr):
     before = state(learn)
     fit(learn, 1, lr)
     assert 'the learning rate is' in learn.guard.alarms[0]
-    assert all(v.isfinite().all() for v in state(learn).values()) and torch.equal(before['encoder.0.0.weight'], state(learn)['encoder.0.0.weight'])
+    assert all(v.isfinite().all() for v in state(learn).values()) and torch.equal(
+        before['encoder.0.0.weight'], state(learn)['encoder.0.0.weight']
+    )
+
 
 @pytest.mark.parametrize('nm', ['0.weight', '1.running_var'])
 def test_an_encoder_that_is_not_finite_is_not_saved(nm, tmp_path):
     learn = make(path=tmp_path)
     for teacher in (False, True):
         dict((learn.model.teacher[0] if teacher else learn.model.encoder)[0].state_dict())[nm].view(-1)[0] = math.nan
-        with pytest.raises(ValueError, match=f'{nm} holds values that are not finite'): learn.save_encoder('e', teacher=teacher)
+        with pytest.raises(ValueError, match=f'{nm} holds values that are not finite'):
+            learn.save_encoder('e', teacher=teacher)
     assert not list(tmp_path.rglob('*.pth*'))
 
 # lr_find
@@ -139,11 +179,24 @@ def small(o): return {k:str(v) for k,v in vars(o).items() if isinstance(v, (int,
 
 def everything(learn, folder, generator):
     net = learn.model
-    return dict(model=[str(v.double().sum().item()) for v in net.state_dict().values()], grads=[None if p.grad is None else p.grad.sum().item() for p in net.parameters()],
-        modes=[m.training for m in net.modules()], half=net.half_dtype, opt=learn.opt and (type(learn.opt.state), str(learn.opt.hypers)), random=torch.rand(1, generator=torch.default_generator.clone_state()).item(),
-        generator=generator.get_state().tolist(), loaders=[dl.rng.getstate() for dl in learn.dls.loaders], cbs=[type(cb) for cb in learn.cbs],
-        memory=[small(cb) for cb in learn.cbs if not isinstance(cb, Recorder)], learn={k:v for k,v in small(learn).items()}, path=(learn.path, learn.model_dir),
-        loss_func=learn.loss_func, logger=learn.logger, names=set(vars(learn)), files={f:f.is_file() and f.read_bytes() for f in folder.rglob('*')})
+    return dict(
+        model=[str(v.double().sum().item()) for v in net.state_dict().values()],
+        grads=[None if p.grad is None else p.grad.sum().item() for p in net.parameters()],
+        modes=[m.training for m in net.modules()],
+        half=net.half_dtype,
+        opt=learn.opt and (type(learn.opt.state), str(learn.opt.hypers)),
+        random=torch.rand(1, generator=torch.default_generator.clone_state()).item(),
+        generator=generator.get_state().tolist(),
+        loaders=[dl.rng.getstate() for dl in learn.dls.loaders],
+        cbs=[type(cb) for cb in learn.cbs],
+        memory=[small(cb) for cb in learn.cbs if not isinstance(cb, Recorder)],
+        learn={k: v for k, v in small(learn).items()},
+        path=(learn.path, learn.model_dir),
+        loss_func=learn.loss_func,
+        logger=learn.logger,
+        names=set(vars(learn)),
+        files={f: f.is_file() and f.read_bytes() for f in folder.rglob('*')},
+    )
 
 class CtrlC(Callback):
     def after_step(self):
@@ -154,8 +207,14 @@ class CtrlC(Callback):
 def test_lr_find_leaves_no_trace(trained, interrupted, tmp_path):
     g,folder = torch.Generator().manual_seed(3),tmp_path/'here'
     folder.mkdir()
-    cbs = [CSVLogger(), CSVLogger(tmp_path/'far.csv'), GradientAccumulation(200), HealthMonitor(), SaveModelCallback(fname='best', reset_on_fit=False),
-        EarlyStoppingCallback(reset_on_fit=False)]
+    cbs = [
+        CSVLogger(),
+        CSVLogger(tmp_path / 'far.csv'),
+        GradientAccumulation(200),
+        HealthMonitor(),
+        SaveModelCallback(fname='best', reset_on_fit=False),
+        EarlyStoppingCallback(reset_on_fit=False),
+    ]
     learn = make(path=folder, precision='bfloat16', strong_tfms=strong_tfms(8, generator=g), cbs=cbs)
     if trained: fit(learn, 1)
     if interrupted: learn.add_cb(CtrlC())
@@ -178,13 +237,23 @@ def test_lr_find_writes_nothing_where_the_learner_is(tmp_path):
 def test_predictions_of_the_training_set_are_of_clean_images(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(16): Image.fromarray(rng.integers(0, 255, (16,16,3), dtype=np.uint8)).save(tmp_path/f'{i:02}.png')
-    dls = ImageDataLoaders.from_name_func(tmp_path, sorted(tmp_path.glob('*.png')), lambda f: str(int(f[-5])%2), bs=5, item_tfms=Resize(16), batch_tfms=aug_transforms(), num_workers=0)
+    dls = ImageDataLoaders.from_name_func(
+        tmp_path,
+        sorted(tmp_path.glob('*.png')),
+        lambda f: str(int(f[-5]) % 2),
+        bs=5,
+        item_tfms=Resize(16),
+        batch_tfms=aug_transforms(),
+        num_workers=0,
+    )
     learn = ressl_learner(dls, partial(small_resnet, widen=0.125), queue_size=8, n_hidden=16, dim=8, metrics=[])
     fit(learn)
     with learn.no_bar(), learn.no_logging():
         a,b = (learn.get_preds(ds_idx=0) for _ in range(2))
         losses = [learn.validate(ds_idx=0)[0] for _ in range(2)]
-        random = learn.get_preds(dl=dls.train.new(shuffle=False, drop_last=False))[0]  # control: whoever asks for augmented images gets them
+        random = learn.get_preds(dl=dls.train.new(shuffle=False, drop_last=False))[
+            0
+        ]  # control: whoever asks for augmented images gets them
     z,y = embed(learn, dls.train, projected=True)
     assert torch.equal(a[0], b[0]) and losses[0]==losses[1] and len(z)==len(dls.train_ds)
     torch.testing.assert_close(a[0], z, atol=1e-4, rtol=0)

@@ -1,9 +1,12 @@
-"An encoder in a classifier or a U-Net: its tensors, normalisation, groups and frozen state, against fastai's own learners."
+"""An encoder in a classifier or a U-Net: its tensors, normalisation, groups and frozen state, against fastai's own
+learners."""
+
 from copy import deepcopy
 from functools import partial
 
 import numpy as np, pytest, torch, torchvision.models as tv
-from fastai.vision.all import CategoryBlock, DataBlock, IndexSplitter, MaskBlock, Normalize, TensorImage, TransformBlock, trainable_params, unet_learner, vision_learner
+from fastai.vision.all import (CategoryBlock, DataBlock, IndexSplitter, MaskBlock, Normalize, TensorImage,
+                               TransformBlock, trainable_params, unet_learner, vision_learner)
 from fastai.vision.learner import model_meta
 from fastai.vision.models.xresnet import xresnet18
 from torch import Tensor, nn
@@ -15,22 +18,36 @@ from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import body_stem, small_resnet
 from ressl_fastai.precision import DevicePrecision
 
-def tiny_densenet(pretrained=False): return tv.DenseNet(growth_rate=4, block_config=(1,1), num_init_features=8, num_classes=2)
-tiny_resnet,dense = partial(small_resnet, widen=0.125),partial(tv.DenseNet, growth_rate=4, block_config=(1,1), num_init_features=8)
+def tiny_densenet(pretrained=False):
+    return tv.DenseNet(growth_rate=4, block_config=(1, 1), num_init_features=8, num_classes=2)
+
+
+tiny_resnet, dense = (
+    partial(small_resnet, widen=0.125),
+    partial(tv.DenseNet, growth_rate=4, block_config=(1, 1), num_init_features=8),
+)
+
 
 class Own(nn.Module):
     "A user's module: features, not maps"
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        )
+
     def forward(self, x): return self.net(x)
 
 def make_dls(n_in=3, size=32, norm=None, masks=False, n=12):
     "Noise that is not centred; two categories, or masks of two codes; `norm` is (mean, std) of every channel"
     ims = np.random.RandomState(0).rand(n, n_in, size, size).astype(np.float32)**2
-    block = DataBlock((TransformBlock, MaskBlock(['paper','ink']) if masks else CategoryBlock), get_x=lambda i: TensorImage(torch.tensor(ims[i])),
-        get_y=(lambda i: np.uint8(ims[i,0]>0.5)) if masks else lambda i: i%2, splitter=IndexSplitter(range(n-4, n)),
-        batch_tfms=norm and Normalize.from_stats([norm[0]]*n_in, [norm[1]]*n_in, cuda=False))
+    block = DataBlock(
+        (TransformBlock, MaskBlock(['paper', 'ink']) if masks else CategoryBlock),
+        get_x=lambda i: TensorImage(torch.tensor(ims[i])),
+        get_y=(lambda i: np.uint8(ims[i, 0] > 0.5)) if masks else lambda i: i % 2,
+        splitter=IndexSplitter(range(n - 4, n)),
+        batch_tfms=norm and Normalize.from_stats([norm[0]] * n_in, [norm[1]] * n_in, cuda=False),
+    )
     return block.dataloaders(range(n), bs=4, num_workers=0)
 
 def quiet_fit(learn, n=1, fine_tune=False):
@@ -49,9 +66,18 @@ def make(arch=tiny_resnet, n_in=3, size=32, norm=(0.3,0.4), train=True, **kwargs
 def state(m): return {k:v.clone() for k,v in m.state_dict().items()}
 def same(a, b): return list(a)==list(b) and all(a[k].dtype==b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 def close(a, b): return a.shape==b.shape and bool((a-b).abs().max()<=1e-5*b.abs().max())
-def norms(dls): return [[(f.mean.flatten().tolist(),f.std.flatten().tolist()) for f in dl.after_batch.fs if isinstance(f, Normalize)] for dl in dls]
+def norms(dls):
+    return [
+        [(f.mean.flatten().tolist(), f.std.flatten().tolist()) for f in dl.after_batch.fs if isinstance(f, Normalize)]
+        for dl in dls
+    ]
+
+
 def changed(before, m): return {k for k,v in m.state_dict().items() if not torch.equal(before[k], v)}
-def in_batch_norm(m): return {f'{nm}.{k}' for nm,o in m.named_modules() if isinstance(o, _BatchNorm) for k in o.state_dict()}
+def in_batch_norm(m):
+    return {f'{nm}.{k}' for nm, o in m.named_modules() if isinstance(o, _BatchNorm) for k in o.state_dict()}
+
+
 def groups(learn):
     "Names of the parameters in each group of the splitter"
     names = {id(p):k for k,p in learn.model.named_parameters()}
@@ -59,19 +85,35 @@ def groups(learn):
 def pooled(learn):
     "What the body makes of the validation images, as the learner's own `dls` gives them"
     body = learn.model[0].eval()
-    with torch.no_grad(): return torch.cat([o.mean((2,3)) if o.ndim==4 else o for o in (body(b[0].as_subclass(Tensor)) for b in learn.dls.valid)])
+    with torch.no_grad():
+        return torch.cat(
+            [o.mean((2, 3)) if o.ndim == 4 else o for o in (body(b[0].as_subclass(Tensor)) for b in learn.dls.valid)]
+        )
+
 
 # to_vision_learner: the encoder
 
-@pytest.mark.parametrize('arch,n_in,stem', [(tiny_resnet,1,'auto'), (tiny_resnet,3,'small_pool'), (tiny_resnet,4,'standard'), (dense,3,'auto'),
-    ('mobilenetv3_small_050',3,'auto'), (Own,3,'auto')], ids=['grey','small_pool','four','dense','timm_cnn','own'])
+@pytest.mark.parametrize(
+    'arch,n_in,stem',
+    [
+        (tiny_resnet, 1, 'auto'),
+        (tiny_resnet, 3, 'small_pool'),
+        (tiny_resnet, 4, 'standard'),
+        (dense, 3, 'auto'),
+        ('mobilenetv3_small_050', 3, 'auto'),
+        (Own, 3, 'auto'),
+    ],
+    ids=['grey', 'small_pool', 'four', 'dense', 'timm_cnn', 'own'],
+)
 @pytest.mark.filterwarnings('ignore:images have')
 def test_body_is_the_encoder(arch, n_in, stem):
     learn = make(arch, n_in, stem=stem)
     encoders = learn.model.encoder,learn.model.teacher[0]
     for teacher in (False,True):
         clf = learn.to_vision_learner(make_dls(n_in), teacher=teacher)
-        assert same(state(clf.model[0]), state(encoders[teacher][0])) and not same(state(clf.model[0]), state(encoders[not teacher][0]))  # and a control
+        assert same(state(clf.model[0]), state(encoders[teacher][0])) and not same(
+            state(clf.model[0]), state(encoders[not teacher][0])
+        )  # and a control
         assert body_stem(clf.model[0])==learn.model.encoder.stem!='auto'
         want,other = embed(learn, teacher=teacher)[0],embed(learn, teacher=not teacher)[0]
         assert close(pooled(clf), want) and not close(pooled(clf), other)
@@ -90,7 +132,12 @@ def test_a_timm_transformer_is_handed_over():
 def test_body_is_a_copy(teacher):
     learn = make()
     clf = learn.to_vision_learner(make_dls(), teacher=teacher)
-    before = state(learn.model),learn.opt.state_dict(),[p.requires_grad for p in learn.model.parameters()],[m.training for m in learn.model.modules()]
+    before = (
+        state(learn.model),
+        learn.opt.state_dict(),
+        [p.requires_grad for p in learn.model.parameters()],
+        [m.training for m in learn.model.modules()],
+    )
     body = state(clf.model[0])
     quiet_fit(clf, fine_tune=True)
     assert same(before[0], state(learn.model)) and not same(body, state(clf.model[0]))
@@ -103,14 +150,20 @@ def test_frozen_pretraining_is_handed_over_whole():
     learn = make()
     learn.freeze()
     for teacher in (False,True):
-        clf = learn.to_vision_learner(make_dls(), teacher=teacher, splitter=trainable_params)  # leaves out what is frozen
+        clf = learn.to_vision_learner(
+            make_dls(), teacher=teacher, splitter=trainable_params
+        )  # leaves out what is frozen
         assert {id(p) for p in clf.opt.param_lists.concat()}=={id(p) for p in clf.model.parameters()}
     assert not all(p.requires_grad for p in learn.model.student.parameters())  # control
 
 @pytest.mark.parametrize('kind', ['split', 'sync'])
 @pytest.mark.parametrize('unet', [False, True])
 def test_batch_norms_are_plain_again(kind, unet):
-    learn = make(batch_norm=kind, n_splits=2) if kind=='split' else ressl_learner(make_dls(norm=(0.3,0.4)), tiny_resnet, batch_norm=kind, queue_size=8)
+    learn = (
+        make(batch_norm=kind, n_splits=2)
+        if kind == 'split'
+        else ressl_learner(make_dls(norm=(0.3, 0.4)), tiny_resnet, batch_norm=kind, queue_size=8)
+    )
     new = learn.to_unet_learner(make_dls(masks=True)) if unet else learn.to_vision_learner(make_dls())
     body = new.model.layers[0] if unet else new.model[0]
     assert same(state(body), state(learn.model.encoder[0]))
@@ -123,7 +176,9 @@ def test_after_bfloat16_training_all_is_float32():
     assert learn.precision.dtype==torch.bfloat16
     clf = learn.to_vision_learner(make_dls())
     assert same(state(clf.model[0]), state(learn.model.encoder[0])) and close(pooled(clf), embed(learn)[0])
-    assert {p.dtype for p in clf.model.parameters()}=={torch.float32} and not any(isinstance(o, DevicePrecision) for o in clf.cbs)
+    assert {p.dtype for p in clf.model.parameters()} == {torch.float32} and not any(
+        isinstance(o, DevicePrecision) for o in clf.cbs
+    )
     assert clf.get_preds()[0].dtype==torch.float32
     dtypes = set()
     clf.model[0].register_forward_hook(lambda m, i, o: dtypes.add(o.dtype))
@@ -154,7 +209,8 @@ def test_d28_another_normalize_is_refused(kind):
     for norm in ((0.3,0.5), (0.5,0.4)):
         dls = data(norm=norm)
         before = norms(dls)
-        with pytest.raises(ValueError, match='was pretrained with Normalize.*0.3.*0.4.*dls normalises with.*0.[45]'): hand_over(dls)
+        with pytest.raises(ValueError, match='was pretrained with Normalize.*0.3.*0.4.*dls normalises with.*0.[45]'):
+            hand_over(dls)
         assert norms(dls)==before
     dls = data(n_in=1)
     with pytest.raises(ValueError, match='pretrained on images with 3 channels, those of dls have 1'): hand_over(dls)
@@ -184,12 +240,20 @@ def test_unet_is_frozen_up_to_the_decoder_then_fine_tuned():
     before,bn = state(unet.model),in_batch_norm(unet.model)
     def body(ks): return {k for k in ks if k.startswith('layers.0.')}-bn
     moved = changed(before, quiet_fit(unet).model)
-    assert not body(moved) and body(before) and unet.opt.frozen_idx==len(unet.opt.param_lists)-1 and {k for k in before if k.startswith('layers.4.')}<=moved|bn
+    assert (
+        not body(moved)
+        and body(before)
+        and unet.opt.frozen_idx == len(unet.opt.param_lists) - 1
+        and {k for k in before if k.startswith('layers.4.')} <= moved | bn
+    )
     assert body(changed(before, quiet_fit(unet, fine_tune=True).model))==body(before)
 
 def test_groups_are_fastais(monkeypatch):
     monkeypatch.setitem(model_meta[tv.resnet18], 'weights', None)  # no download
-    ref,clf = vision_learner(make_dls(), tv.resnet18, pretrained=True),make(tv.resnet18, train=False).to_vision_learner(make_dls())
+    ref, clf = (
+        vision_learner(make_dls(), tv.resnet18, pretrained=True),
+        make(tv.resnet18, train=False).to_vision_learner(make_dls()),
+    )
     assert groups(clf)==groups(ref) and len(groups(clf))==3 and clf.opt.frozen_idx==ref.opt.frozen_idx==2
     assert [p.requires_grad for p in clf.model.parameters()]==[p.requires_grad for p in ref.model.parameters()]
     ref = unet_learner(make_dls(masks=True), tv.resnet18, pretrained=True)
@@ -197,7 +261,11 @@ def test_groups_are_fastais(monkeypatch):
     assert groups(unet)==groups(ref) and len(groups(unet))==3 and unet.opt.frozen_idx==ref.opt.frozen_idx==2
     assert [p.requires_grad for p in unet.model.parameters()]==[p.requires_grad for p in ref.model.parameters()]
 
-@pytest.mark.parametrize('arch,n', [(xresnet18,3), ('mobilenetv3_small_050',2), (tiny_resnet,2)], ids=['xresnet18','timm_cnn','tiny_resnet'])
+@pytest.mark.parametrize(
+    'arch,n',
+    [(xresnet18, 3), ('mobilenetv3_small_050', 2), (tiny_resnet, 2)],
+    ids=['xresnet18', 'timm_cnn', 'tiny_resnet'],
+)
 def test_groups_of_other_architectures_are_fastais(arch, n):
     ref,clf = vision_learner(make_dls(), arch, pretrained=False),make(arch, train=False).to_vision_learner(make_dls())
     assert groups(clf)==groups(ref) and len(groups(clf))==n and clf.opt.frozen_idx==n-1
@@ -207,7 +275,10 @@ def test_groups_of_other_architectures_are_fastais(arch, n):
 def test_head_and_learner_take_what_vision_learner_takes():
     learn = make()
     kw = dict(lin_ftrs=[16], ps=0.25, concat_pool=False, bn_final=True, first_bn=False, y_range=(0,1))
-    ref,clf = vision_learner(make_dls(), tiny_resnet, pretrained=False, **kw),learn.to_vision_learner(make_dls(), wd=0.3, moms=(0.9,0.8,0.9), **kw)
+    ref, clf = (
+        vision_learner(make_dls(), tiny_resnet, pretrained=False, **kw),
+        learn.to_vision_learner(make_dls(), wd=0.3, moms=(0.9, 0.8, 0.9), **kw),
+    )
     assert repr(clf.model[1])==repr(ref.model[1]) and clf.wd==0.3 and clf.moms==(0.9,0.8,0.9)
     assert learn.to_vision_learner(make_dls(), n_out=5).get_preds()[0].shape==(4,5)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(learn.model.encoder.nf, 2))
@@ -224,7 +295,9 @@ def test_what_pretraining_has_decided_is_refused_by_name(kind):
 def test_only_a_ressl_learner_hands_over():
     clf = make().to_vision_learner(make_dls())
     for hand_over in (clf.to_vision_learner, clf.to_unet_learner):
-        with pytest.raises(ValueError, match='only a ressl_learner has an encoder to hand over.*Sequential'): hand_over(make_dls())
+        with pytest.raises(ValueError, match='only a ressl_learner has an encoder to hand over.*Sequential'):
+            hand_over(make_dls())
+
 
 # to_unet_learner
 
@@ -239,14 +312,22 @@ def test_unet_has_the_encoder(arch, teacher):
 def test_unet_has_outputs_as_asked_for():
     learn,x = make(),torch.rand(2, 3, 32, 32)
     for n_out in (None,3):
-        unet = learn.to_unet_learner(make_dls(masks=True), n_out=n_out, teacher=True, y_range=(0,1), self_attention=True)
+        unet = learn.to_unet_learner(
+            make_dls(masks=True), n_out=n_out, teacher=True, y_range=(0, 1), self_attention=True
+        )
         with torch.no_grad(): y = unet.model.eval()(x)
-        assert y.shape==(2,n_out or 2,32,32) and 0<=y.min()<=y.max()<=1 and same(state(unet.model.layers[0]), state(learn.model.teacher[0][0]))
+        assert (
+            y.shape == (2, n_out or 2, 32, 32)
+            and 0 <= y.min() <= y.max() <= 1
+            and same(state(unet.model.layers[0]), state(learn.model.teacher[0][0]))
+        )
+
 
 @pytest.mark.parametrize('arch', ['mobilenetv3_small_050', Own, dense], ids=['timm_cnn','own','dense'])
 def test_unet_without_levels_is_refused(arch):
     learn,dls = make(arch),make_dls(masks=True)
-    with pytest.raises(ValueError, match=f'a U-Net needs a body.*{learn.model.encoder.arch}'): learn.to_unet_learner(dls)
+    with pytest.raises(ValueError, match=f'a U-Net needs a body.*{learn.model.encoder.arch}'):
+        learn.to_unet_learner(dls)
     assert norms(dls)==[[],[]]
 
 def test_unet_of_layers_in_one_child(monkeypatch, tmp_path):
@@ -254,7 +335,9 @@ def test_unet_of_layers_in_one_child(monkeypatch, tmp_path):
     monkeypatch.setitem(model_meta, tiny_densenet, dict(cut=-1, split=model_meta[tv.densenet121]['split']))
     learn = make(tiny_densenet, path=tmp_path)
     assert len(learn.model.encoder[0])==1
-    assert groups(learn.to_vision_learner(make_dls()))==groups(vision_learner(make_dls(), tiny_densenet, pretrained=False))
+    assert groups(learn.to_vision_learner(make_dls())) == groups(
+        vision_learner(make_dls(), tiny_densenet, pretrained=False)
+    )
     unet = learn.to_unet_learner(make_dls(masks=True), path=tmp_path)
     assert same(state(unet.model.layers[0]), state(learn.model.encoder[0][0]))
     with torch.no_grad(): assert unet.model.eval()(torch.rand(2, 3, 32, 32)).shape==(2,2,32,32)
@@ -282,26 +365,49 @@ def test_encoder_file_fits_a_unet_of_its_stem(tmp_path):
 def test_load_encoder_takes_all_or_nothing(kind, tmp_path):
     users = dict(vision=vision_learner, unet=unet_learner)[kind]
     def user(arch=tiny_resnet, n_in=3, norm=None):
-        return users(make_dls(n_in, norm=norm, masks=kind=='unet'), arch, pretrained=False, n_in=n_in, path=tmp_path, normalize=False, n_out=2)
+        return users(
+            make_dls(n_in, norm=norm, masks=kind == 'unet'),
+            arch,
+            pretrained=False,
+            n_in=n_in,
+            path=tmp_path,
+            normalize=False,
+            n_out=2,
+        )
+
     def body(learn): return learn.model.layers[0] if kind=='unet' else learn.model[0]
     pre = make(stem='standard', path=tmp_path)
-    pre.save_encoder('enc'); make(path=tmp_path).save_encoder('small')
+    pre.save_encoder('enc')
+    make(path=tmp_path).save_encoder('small')
     learn = user()
     learn.freeze()
     def frozen(): return learn.opt.frozen_idx,[p.requires_grad for p in learn.model.parameters()]
     before = frozen()
     learn.load_encoder('enc')
-    assert same(state(body(learn)), state(pre.model.encoder[0])) and norms(learn.dls)==norms(pre.dls) and frozen()==before
-    others = dict(arch=(user(tv.resnet18), 'small_resnet.*does not fit.*missing'),
-                  channels=(user(n_in=1), r'n_in=3.*\(\d+, 1, 3, 3\) in the model and \(\d+, 3, 3, 3\) in the file'),
-                  normalisation=(user(norm=(0.3,0.5)), 'was pretrained with.*0.4.*normalises with.*0.5'), keys=(user(), 'does not fit.*extra'))
+    assert (
+        same(state(body(learn)), state(pre.model.encoder[0]))
+        and norms(learn.dls) == norms(pre.dls)
+        and frozen() == before
+    )
+    others = dict(
+        arch=(user(tv.resnet18), 'small_resnet.*does not fit.*missing'),
+        channels=(user(n_in=1), r'n_in=3.*\(\d+, 1, 3, 3\) in the model and \(\d+, 3, 3, 3\) in the file'),
+        normalisation=(user(norm=(0.3, 0.5)), 'was pretrained with.*0.4.*normalises with.*0.5'),
+        keys=(user(), 'does not fit.*extra'),
+    )
     body(others['keys'][0]).register_buffer('extra', torch.ones(1))
     if kind=='unet': others['stem'] = user(),"stem='small'.*stem='standard'"
     for nm,(learn,words) in others.items():
         learn.freeze()
         before,norm,opt,buffers = state(learn.model),norms(learn.dls),deepcopy(learn.opt.state_dict()),frozen()
         with pytest.raises(ValueError, match=words): learn.load_encoder('small' if nm=='stem' else 'enc')
-        assert same(before, state(learn.model)) and norms(learn.dls)==norm and str(learn.opt.state_dict())==str(opt) and frozen()==buffers, nm
+        assert (
+            same(before, state(learn.model))
+            and norms(learn.dls) == norm
+            and str(learn.opt.state_dict()) == str(opt)
+            and frozen() == buffers
+        ), nm
+
 
 def test_loaded_stem_is_what_the_optimizer_trains(tmp_path):
     "resnet18's 7x7 convolution becomes a new 3x3 one"

@@ -1,18 +1,21 @@
-"Measures against numpy and scipy; every alarm provoked, and silent where nothing is wrong; the monitor changes nothing."
+"""Measures against numpy and scipy; every alarm provoked, and silent where nothing is wrong; the monitor changes
+nothing."""
+
 import math, random
 from collections import deque
 from functools import partial
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import Callback, CancelStepException, CSVLogger, GradientAccumulation, MixedPrecision, SaveModelCallback, ShortEpochCallback
+from fastai.vision.all import (Callback, CancelStepException, CSVLogger, GradientAccumulation, MixedPrecision,
+                               SaveModelCallback, ShortEpochCallback)
 from scipy import stats
 from torch import nn
 
 from ressl_fastai.callback import InfoNCEWarmup, ReSSL
 from ressl_fastai.data import digits_dls
-from ressl_fastai.health import (Guard, HealthMonitor, _age, effective_neighbors, effective_rank, entropy, feature_std, student_teacher_kl,
-    teacher_distance)
+from ressl_fastai.health import (Guard, HealthMonitor, _age, effective_neighbors, effective_rank, entropy, feature_std,
+                                 student_teacher_kl, teacher_distance)
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.losses import relation
 from ressl_fastai.models import small_resnet
@@ -26,8 +29,18 @@ mild = dict(scale=(0.7,1.), flip_p=0.)
 
 def make(seed=0, arch=None, bs=64, guard=None, **kwargs):
     "A learner with a guard that looks often"
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
-    kw = dict(queue_size=200, n_hidden=16, dim=8, metrics=[], weak_tfms=weak_tfms(8, **mild), strong_tfms=strong_tfms(8, **mild), guard=False)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    kw = dict(
+        queue_size=200,
+        n_hidden=16,
+        dim=8,
+        metrics=[],
+        weak_tfms=weak_tfms(8, **mild),
+        strong_tfms=strong_tfms(8, **mild),
+        guard=False,
+    )
     learn = ressl_learner(digits_dls(8, bs=bs), arch or NoBN(), **{**kw, **kwargs})
     return learn.add_cb(guard or Guard(every=2))
 
@@ -49,7 +62,10 @@ class Steps(Callback):
     order = -100
     def before_fit(self): self.n = 0
     def before_batch(self):
-        if self.training: self.n += 1; self.before = state(self.learn)
+        if self.training:
+            self.n += 1
+            self.before = state(self.learn)
+
 
 class Spoil:
     "Views of which the `nth` batch is not finite"
@@ -84,7 +100,10 @@ def test_effective_rank(shape):
     s = np.linalg.svd(z.double().numpy(), compute_uv=False)
     assert effective_rank(z).item()==pytest.approx(math.exp(stats.entropy(s)), rel=1e-4)
     assert abs(effective_rank(z).item()-math.exp(stats.entropy(s**2)))>0.5  # control: eigenvalues
-    for r in (1, 3): assert effective_rank(torch.linalg.qr(torch.randn(40, r))[0] @ torch.linalg.qr(torch.randn(20, r))[0].T).item()==pytest.approx(r, rel=1e-3)
+    for r in (1, 3):
+        assert effective_rank(
+            torch.linalg.qr(torch.randn(40, r))[0] @ torch.linalg.qr(torch.randn(20, r))[0].T
+        ).item() == pytest.approx(r, rel=1e-3)
     assert effective_rank(z.index_fill(0, torch.tensor(0), math.nan)).isnan()
 
 def test_student_teacher_kl():
@@ -98,7 +117,10 @@ def test_teacher_distance():
     a,b = NoBN(),NoBN()
     va,vb = (np.concatenate([p.detach().numpy().ravel() for p in m.parameters()]) for m in (a,b))
     assert teacher_distance(a, b).item()==pytest.approx(np.linalg.norm(va-vb)/np.linalg.norm(vb), rel=1e-5)
-    assert teacher_distance(a, a)==0 and not np.isclose(teacher_distance(a, b), np.linalg.norm(va-vb)/np.linalg.norm(va), rtol=1e-4)
+    assert teacher_distance(a, a) == 0 and not np.isclose(
+        teacher_distance(a, b), np.linalg.norm(va - vb) / np.linalg.norm(va), rtol=1e-4
+    )
+
 
 def test_age_of_the_oldest_embedding():
     "A queue of step numbers, in which some steps add nothing"
@@ -112,15 +134,22 @@ def test_age_of_the_oldest_embedding():
 # the guard
 
 def test_impossible_settings_are_refused():
-    for kw,text in ((dict(action='halt'), "action must be 'stop' or 'warn'"), (dict(every=0), 'every must be'), (dict(patience=1.5), 'patience must be')):
+    for kw, text in (
+        (dict(action='halt'), "action must be 'stop' or 'warn'"),
+        (dict(every=0), 'every must be'),
+        (dict(patience=1.5), 'patience must be'),
+    ):
         with pytest.raises(ValueError, match=text): Guard(**kw)
-    with pytest.raises(ValueError, match="columns must be among .*, got rank"): HealthMonitor(columns=['feature_std', 'rank'])
+    with pytest.raises(ValueError, match="columns must be among .*, got rank"):
+        HealthMonitor(columns=['feature_std', 'rank'])
     with pytest.raises(ValueError, match='n must be'): HealthMonitor(n=1)
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_nan_stops_before_it_reaches_the_weights(value, capsys):
     steps = Steps()
-    learn = make(strong_tfms=Spoil(strong_tfms(8, **mild), 8, value), projector_bn=False)  # the first views are tried before training
+    learn = make(
+        strong_tfms=Spoil(strong_tfms(8, **mild), 8, value), projector_bn=False
+    )  # the first views are tried before training
     lf = learn.loss_func
     fit(learn, cbs=steps)
     assert steps.n==7 and same(steps.before, state(learn))
@@ -137,7 +166,11 @@ def test_nan_in_a_part_of_an_accumulated_batch():
 
 def test_nan_says_where_it_comes_from():
     learn = fit(make())
-    def cause(): fit(learn); return learn.guard.alarms[-1]
+
+    def cause():
+        fit(learn)
+        return learn.guard.alarms[-1]
+
     with torch.no_grad(): learn.model.queue.feats[3] = math.nan
     assert 'The queue holds' in cause()
     learn.model.queue.count.zero_()
@@ -153,7 +186,10 @@ def test_without_a_guard_nan_goes_everywhere():
 
 def test_a_guard_is_there_unless_it_is_switched_off():
     dls = digits_dls(8)
-    def guards(**kw): return [cb for cb in ressl_learner(dls, NoBN(), n_hidden=16, dim=8, **kw).cbs if isinstance(cb, Guard)]
+
+    def guards(**kw):
+        return [cb for cb in ressl_learner(dls, NoBN(), n_hidden=16, dim=8, **kw).cbs if isinstance(cb, Guard)]
+
     assert len(guards())==1 and guards(guard=False)==[] and len(guards(guard=False, cbs=Guard('warn')))==1
 
 def test_uniform_relations_are_said():
@@ -181,8 +217,15 @@ def test_a_warning_is_said_once_and_training_goes_on(capsys):
     fit(learn, cbs=steps)
     assert steps.n==22 and len(learn.guard.alarms)==1 and capsys.readouterr().out.count('Warning in epoch')==1
 
-healthy = dict(plain={}, no_bn=dict(projector_bn=False), slow=dict(teacher_momentum=0.999), warmup=dict(warmup=InfoNCEWarmup(1)), predictor=dict(predictor_layers=2),
-               short_queue=dict(queue_size=64), bf16=dict(queue_dtype=torch.bfloat16))
+healthy = dict(
+    plain={},
+    no_bn=dict(projector_bn=False),
+    slow=dict(teacher_momentum=0.999),
+    warmup=dict(warmup=InfoNCEWarmup(1)),
+    predictor=dict(predictor_layers=2),
+    short_queue=dict(queue_size=64),
+    bf16=dict(queue_dtype=torch.bfloat16),
+)
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_a_healthy_run_raises_no_alarm(seed):
@@ -190,7 +233,9 @@ def test_a_healthy_run_raises_no_alarm(seed):
     assert fit(learn, 1, 2e-3).guard.alarms==[]
 
 @pytest.mark.parametrize('kw', healthy.values(), ids=healthy)
-def test_no_variant_raises_an_alarm(kw): assert fit(make(dim=32, guard=Guard(every=1, patience=2), **kw), 1, 2e-3).guard.alarms==[]
+def test_no_variant_raises_an_alarm(kw):
+    assert fit(make(dim=32, guard=Guard(every=1, patience=2), **kw), 1, 2e-3).guard.alarms == []
+
 
 def test_d18_keys_that_wait_for_a_step_are_no_stale_queue():
     assert fit(make(bs=16, guard=Guard(every=1, patience=2)), cbs=GradientAccumulation(256)).guard.alarms==[]
@@ -211,7 +256,9 @@ def test_d11_lr_find_diverges_as_before():
 def test_validation_and_predictions_are_not_guarded():
     learn = fit(make())
     with torch.no_grad(): learn.model.projector[0].weight.fill_(math.nan)
-    with learn.no_bar(): learn.validate(); learn.get_preds()
+    with learn.no_bar():
+        learn.validate()
+        learn.get_preds()
     assert learn.guard.alarms==[]
 
 # the monitor
@@ -223,19 +270,35 @@ def test_monitor_measures_what_the_functions_say():
     x = torch.cat([b[0] for b in learn.dls.valid])
     with torch.no_grad(): zs,zt = net(x),net.teacher(x)
     queue = net.queue.filled
-    want = dict(teacher_entropy=entropy(relation(zt, queue, 0.04)).mean(), effective_neighbors=effective_neighbors(zt, queue, 0.04).mean(),
-                student_teacher_kl=student_teacher_kl(zs, zt, queue), feature_std=feature_std(zs), effective_rank=effective_rank(zs), queue_age=4,
-                teacher_distance=teacher_distance(net.teacher, net.student))
+    want = dict(
+        teacher_entropy=entropy(relation(zt, queue, 0.04)).mean(),
+        effective_neighbors=effective_neighbors(zt, queue, 0.04).mean(),
+        student_teacher_kl=student_teacher_kl(zs, zt, queue),
+        feature_std=feature_std(zs),
+        effective_rank=effective_rank(zs),
+        queue_age=4,
+        teacher_distance=teacher_distance(net.teacher, net.student),
+    )
     for k,v in want.items(): assert row[k]==pytest.approx(float(v), rel=1e-3), k
     assert row['valid_loss']==pytest.approx(row['teacher_entropy']+row['student_teacher_kl'], rel=1e-3)
-    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss',*mon.names,'time'] and len(mon.history)==2
+    assert (
+        list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', *mon.names, 'time']
+        and len(mon.history) == 2
+    )
+
 
 def test_monitor_changes_nothing():
     assert same(state(fit(make(), 2)), state(fit(make(), 2, cbs=HealthMonitor())))
 
 def test_freshness_and_distance():
-    still,moving,fast = (fit(make(teacher_momentum=m, projector_bn=False, guard=Guard('warn')), cbs=mon) and mon.history[-1] for m,mon in ((1.,HealthMonitor()), (0.9,HealthMonitor()), (0.,HealthMonitor())))
-    assert still['queue_freshness']==pytest.approx(1, abs=1e-5) and fast['queue_freshness']<moving['queue_freshness']<1-1e-5
+    still, moving, fast = (
+        fit(make(teacher_momentum=m, projector_bn=False, guard=Guard('warn')), cbs=mon) and mon.history[-1]
+        for m, mon in ((1.0, HealthMonitor()), (0.9, HealthMonitor()), (0.0, HealthMonitor()))
+    )
+    assert (
+        still['queue_freshness'] == pytest.approx(1, abs=1e-5)
+        and fast['queue_freshness'] < moving['queue_freshness'] < 1 - 1e-5
+    )
     assert fast['teacher_distance']<1e-6<moving['teacher_distance']<still['teacher_distance']
 
 def test_age_grows_when_steps_are_skipped():
@@ -246,7 +309,9 @@ def test_age_grows_when_steps_are_skipped():
 def test_monitor_drives_save_model_callback_and_csv(tmp_path):
     learn,mon = make(path=tmp_path),HealthMonitor(columns=['effective_rank'])
     fit(learn, 2, cbs=[mon, SaveModelCallback(monitor='effective_rank', fname='best'), CSVLogger(tmp_path/'log.csv')])
-    assert (tmp_path/'models'/'best.pth').exists() and (tmp_path/'log.csv').read_text().startswith('epoch,train_loss,valid_loss,effective_rank,time')
+    assert (tmp_path / 'models' / 'best.pth').exists() and (tmp_path / 'log.csv').read_text().startswith(
+        'epoch,train_loss,valid_loss,effective_rank,time'
+    )
     assert len(mon.history)==2 and len(mon.plot())==8
 
 def test_monitor_keeps_out_of_the_way():
@@ -256,8 +321,11 @@ def test_monitor_keeps_out_of_the_way():
     with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False)
     assert mon.history==[]
     fit(learn)
-    with learn.no_bar(): assert len(learn.validate())==1; learn.get_preds()
+    with learn.no_bar():
+        assert len(learn.validate()) == 1
+        learn.get_preds()
     assert len(mon.history)==1
     fit(learn, cbs=ShortEpochCallback())
-    assert mon.history==[]                                     # no validation, no row
-    fit(learn); assert len(mon.history)==1
+    assert mon.history==[]  # no validation, no row
+    fit(learn)
+    assert len(mon.history) == 1

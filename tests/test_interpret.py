@@ -1,11 +1,11 @@
-"What interpretation shows, against scikit-learn and loops; embeddings are made once and never stale; nothing is changed."
+"What interpretation shows, against scikit-learn and loops; embeddings are made once, never stale; nothing changes."
 import random, sys, types
 
 import matplotlib, numpy as np, pandas as pd, pytest, torch
 matplotlib.use('agg')
-from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, ImageBlock, ImageDataLoaders, IndexSplitter,
-                               Learner, MultiCategoryBlock, Normalize, PILImage, RandomSplitter, RegressionBlock, Resize,
-                               TensorImage, TfmdDL, get_image_files, noop)
+from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, ImageBlock, ImageDataLoaders,
+                               IndexSplitter, Learner, MultiCategoryBlock, Normalize, PILImage, RandomSplitter,
+                               RegressionBlock, Resize, TensorImage, TfmdDL, get_image_files, noop)
 from matplotlib import pyplot as plt
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
@@ -56,7 +56,9 @@ def test_relations_are_the_softmax_of_the_loss(learn):
         expected = reference_relation(learn.model, x, 11, temp, who=='teacher')
         torch.testing.assert_close(p[who].double(), expected.double(), atol=1e-5, rtol=1e-3)
         assert p[who][11]==0
-        for wrong in (reference_relation(learn.model, x, 11, 0.14-temp, who=='teacher'), reference_relation(learn.model, x, 11, temp, who!='teacher')):
+        other_temp = reference_relation(learn.model, x, 11, 0.14-temp, who=='teacher')
+        other_net = reference_relation(learn.model, x, 11, temp, who!='teacher')
+        for wrong in (other_temp, other_net):
             assert (p[who]-wrong).abs().max()>1e-4  # controls: temperatures swapped, networks swapped
 
 def test_relations_of_a_saved_model(learn):
@@ -84,9 +86,12 @@ def use_all(learn, **kwargs):
 
 def everything(learn):
     "What must stay: weights, modes, gradients wanted, random states, transforms, what fastai keeps"
-    rng = torch.get_rng_state().tolist(),np.random.get_state()[1].tolist(),random.getstate(),learn.dls.train.rng.getstate()
-    return ({k:v.clone() for k,v in learn.model.state_dict().items()},[m.training for m in learn.model.modules()],[p.requires_grad for p in learn.model.parameters()],
-            rng,[list(dl.after_batch.fs) for dl in learn.dls],list(map(str, learn.cbs)),learn.loss_func,learn.path,learn.opt is None)
+    rng = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(),
+           learn.dls.train.rng.getstate())
+    model = learn.model
+    return ({k:v.clone() for k,v in model.state_dict().items()}, [m.training for m in model.modules()],
+            [p.requires_grad for p in model.parameters()], rng, [list(dl.after_batch.fs) for dl in learn.dls],
+            list(map(str, learn.cbs)), learn.loss_func, learn.path, learn.opt is None)
 
 def same(a, b): return all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1:]==b[1:]
 
@@ -99,18 +104,24 @@ def test_nothing_is_changed(learn, training):
     assert same(before, everything(learn))
     learn.model.train(not training)
     assert not same(before, everything(learn))  # control
-    learn.model.train(training); torch.rand(1)
+    learn.model.train(training)
+    torch.rand(1)
     assert not same(before, everything(learn))
 
 def _data(path, kind):
     files = folder(path)
-    df = pd.DataFrame(dict(name=[f.name for f in files], tags=['a b' if i%3 else 'b' for i in range(40)], size=[i/40 for i in range(40)]))
+    tags,sizes = ['a b' if i%3 else 'b' for i in range(40)],[i/40 for i in range(40)]
+    df = pd.DataFrame(dict(name=[f.name for f in files], tags=tags, size=sizes))
     x,split,kw = ImageBlock,RandomSplitter(0.3, seed=0),dict(bs=8, num_workers=0)
     def block(blocks, **kwargs): return DataBlock(blocks, splitter=split, **kwargs)
-    if kind=='unlabelled, sizes': return block(x, get_items=get_image_files, item_tfms=Resize(16)).dataloaders(path, **kw)
-    if kind=='data frame': return block((x,CategoryBlock), get_x=ColReader('name', pref=path), get_y=ColReader('tags')).dataloaders(df, **kw)
-    if kind=='many labels': return block((x,MultiCategoryBlock), get_x=ColReader('name', pref=path), get_y=ColReader('tags', label_delim=' ')).dataloaders(df, **kw)
-    return block((x,RegressionBlock), get_x=ColReader('name', pref=path), get_y=ColReader('size')).dataloaders(df, **kw)
+    if kind=='unlabelled, sizes':
+        return block(x, get_items=get_image_files, item_tfms=Resize(16)).dataloaders(path, **kw)
+    get_x = ColReader('name', pref=path)
+    if kind=='data frame': made = block((x,CategoryBlock), get_x=get_x, get_y=ColReader('tags'))
+    elif kind=='many labels':
+        made = block((x,MultiCategoryBlock), get_x=get_x, get_y=ColReader('tags', label_delim=' '))
+    else: made = block((x,RegressionBlock), get_x=get_x, get_y=ColReader('size'))
+    return made.dataloaders(df, **kw)
 
 @pytest.mark.parametrize('kind', ['unlabelled, sizes', 'data frame', 'many labels', 'regression'])
 def test_any_data(tmp_path, kind):
@@ -152,8 +163,9 @@ def test_umap_is_used_if_there_and_asked_for_if_not(learn, monkeypatch):
     assert max(len(o.get_offsets()) for o in ax.collections)==60 and len(ax.get_legend().get_texts())==10
 
 def test_what_cannot_work_is_refused(learn):
-    for f,name in ((lambda: learn.find_duplicates(1.5), 'threshold'), (lambda: learn.find_outliers(k=0), 'k must'), (lambda: learn.plot_embeddings('lda'), 'method'),
-                   (lambda: learn.show_neighbors([-1]), 'idxs'), (lambda: learn.show_neighbors([]), 'idxs'), (lambda: show_items(learn.dls.train, [140]), 'idxs'),
+    for f,name in ((lambda: learn.find_duplicates(1.5), 'threshold'), (lambda: learn.find_outliers(k=0), 'k must'),
+                   (lambda: learn.plot_embeddings('lda'), 'method'), (lambda: learn.show_neighbors([-1]), 'idxs'),
+                   (lambda: learn.show_neighbors([]), 'idxs'), (lambda: show_items(learn.dls.train, [140]), 'idxs'),
                    (lambda: learn.image_relations(-1), 'idx'), (lambda: learn.suggest_labels(0), 'n must')):
         with pytest.raises(ValueError, match=name): f()
     plain = Learner(learn.dls, NoBN(), loss_func=noop)
@@ -183,7 +195,8 @@ def test_every_look_uses_what_is_kept(passes):
     learn = make()
     assert again(passes, learn.embed)==140 and again(passes, lambda: learn.embed(teacher=True))==140
     looks = [learn.embed, learn.show_neighbors, learn.show_relations, learn.plot_embeddings, learn.find_duplicates,
-             learn.find_outliers, learn.find_clusters, lambda: learn.suggest_labels(3), lambda: learn.find_outliers(teacher=True)]
+             learn.find_outliers, learn.find_clusters, lambda: learn.suggest_labels(3),
+             lambda: learn.find_outliers(teacher=True)]
     assert [again(passes, o) for o in looks]==[0]*len(looks)
     for teacher in (False,True):
         for a,b in zip(learn.embed(teacher=teacher), embed(learn, learn.dls.train, teacher)): assert torch.equal(a, b)
@@ -274,7 +287,8 @@ def test_a_bar_comes_only_when_there_is_something_to_wait_for(monkeypatch):
 # what is drawn
 
 def test_titles_do_not_overlap(learn):
-    show_items(learn.dls.train, range(8), ['a class with a very long name indeed', 'Pneumonoultramicroscopic', '$x$', '']*2)
+    titles = ['a class with a very long name indeed', 'Pneumonoultramicroscopic', '$x$', '']
+    show_items(learn.dls.train, range(8), titles*2)
     plt.gcf().canvas.draw()
     boxes = [ax.title.get_window_extent() for ax in plt.gcf().axes if ax.get_title()]
     assert len(boxes)==6 and not any(a.overlaps(b) for i,a in enumerate(boxes) for b in boxes[:i])
@@ -295,6 +309,7 @@ def test_a_class_keeps_its_colour(learn):
 
 def test_many_classes_are_pictures(tmp_path):
     files = folder(tmp_path)
-    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%25, valid_pct=0.1, seed=0, bs=8, num_workers=0)
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: int(f.stem)%25, valid_pct=0.1, seed=0, bs=8,
+                                          num_workers=0)
     ax = make(dls, 3).plot_embeddings('pca')
     assert ax.get_legend() is None and len(ax.artists)>5

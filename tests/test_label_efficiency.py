@@ -1,4 +1,4 @@
-"Label efficiency: fixed balanced draws, only the drawn labels used, each row from where it should start, under one schedule."
+"Label efficiency: fixed balanced draws, only these labels used, each row from where it should start, one schedule."
 import random
 from functools import partial
 
@@ -10,7 +10,8 @@ from torchvision.models import resnet18
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
-from ressl_fastai.label_efficiency import draw_labels, label_efficiency, label_rows, labelled_part, plot_labels, summarize_labels
+from ressl_fastai.label_efficiency import (draw_labels, label_rows, labelled_part, plot_labels,
+                                           summarize_labels)
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.loaders import clean_dl
 from test_training import fit, make, same, state
@@ -34,10 +35,13 @@ def test_draws_are_balanced_nested_fixed_and_differ_by_seed():
     often = np.bincount(np.concatenate([draw_labels(y, 5, seed=s) for s in range(300)]), minlength=400)
     want = 300*5/counts[y]
     assert abs((often-want)/want**0.5).mean()<1.1  # every image of a class as often as another; Poisson gives 0.8
-    assert abs((np.bincount(np.repeat(draw_labels(y, 5), 300), minlength=400)-want)/want**0.5).mean()>1.1  # control: one draw again and again
+    assert abs((np.bincount(np.repeat(draw_labels(y, 5), 300),
+                            minlength=400)-want)/want**0.5).mean()>1.1  # control: one draw again and again
 
-@pytest.mark.parametrize('kw,msg', [(dict(per_class=0),'per_class must be'), (dict(per_class=9),'is more than the 5'), (dict(fraction=0.),'fraction must be'),
-    (dict(fraction=1.1),'fraction must be'), ({},'one of per_class and fraction'), (dict(per_class=1, fraction=.1),'one of per_class and fraction')])
+@pytest.mark.parametrize('kw,msg', [(dict(per_class=0),'per_class must be'), (dict(per_class=9),'is more than the 5'),
+                                    (dict(fraction=0.),'fraction must be'),
+    (dict(fraction=1.1),'fraction must be'), ({},'one of per_class and fraction'),
+    (dict(per_class=1, fraction=.1),'one of per_class and fraction')])
 def test_impossible_draws(kw, msg):
     with pytest.raises(ValueError, match=msg): draw_labels(torch.arange(10)%2, **kw)
 
@@ -47,8 +51,10 @@ def test_part_holds_those_images_and_keeps_the_rest():
     part = labelled_part(dls, idxs)
     def all_of(dl): return torch.cat([b[0] for b in clean_dl(dl)]),torch.cat([b[1] for b in clean_dl(dl)])
     for got,want in zip(all_of(part.train), all_of(dls.train)): assert torch.equal(got, want[idxs])
-    assert (part.train.n, part.train.bs, part.train.shuffle, dls.train.n, part.valid is dls.valid)==(4, 4, True, 1437, True)
-    assert list(part.vocab)==list(dls.vocab) and len(list(labelled_part(dls, range(65)).train))==1   # full batches: never one of a single image
+    assert (part.train.n, part.train.bs, part.train.shuffle)==(4, 4, True)
+    assert dls.train.n==1437 and part.valid is dls.valid
+    assert list(part.vocab)==list(dls.vocab)
+    assert len(list(labelled_part(dls, range(65)).train))==1  # full batches: never one of a single image
 
 # rows
 
@@ -57,7 +63,8 @@ class Fits(list):
     def __call__(self, learn, n_epoch, lr, **kwargs):
         learn.create_opt()
         items = sorted(i for tl in learn.dls.train_ds.tls[:1] for i in tl.items)
-        self.append(dict(items=items, n_epoch=n_epoch, n_batches=len(learn.dls.train), lr=lr, frozen=[n for n,p in learn.model.named_parameters() if not p.requires_grad],
+        self.append(dict(items=items, n_epoch=n_epoch, n_batches=len(learn.dls.train), lr=lr,
+                         frozen=[n for n,p in learn.model.named_parameters() if not p.requires_grad],
             body={k:v.clone() for k,v in learn.model[0].state_dict().items()}, groups=len(learn.opt.hypers)))
 
 @pytest.fixture
@@ -71,7 +78,8 @@ def body_of(model): return {k:v for k,v in model[0].state_dict().items()}
 @pytest.mark.parametrize('teacher', [False, True])
 def test_fine_tuned_and_scratch_differ_only_in_where_they_start(fits, teacher):
     learn = pretrained()
-    df = label_efficiency(learn, learn.dls, (2,7), seeds=2, rows=('fine-tuned','from scratch'), n_steps=10, lr=0.01, arch=arch, teacher=teacher)
+    df = learn.label_efficiency(learn.dls, (2,7), seeds=2, rows=('fine-tuned','from scratch'), n_steps=10, lr=0.01,
+                          arch=arch, teacher=teacher)
     tuned,scratch = fits[:4],fits[4:]
     assert len(scratch)==4 and df.n_labels.tolist()==[20,70]*4
     train_items,y = learn.dls.train_ds.items,embed(learn, learn.dls.train)[1]
@@ -82,11 +90,12 @@ def test_fine_tuned_and_scratch_differ_only_in_where_they_start(fits, teacher):
         assert same(a['body'], body_of(learn.model.teacher[0] if teacher else learn.model.encoder))
         assert not same(a['body'], body_of(learn.model.encoder if teacher else learn.model.teacher[0]))  # control
         assert a['body'].keys()==b['body'].keys() and not same(a['body'], b['body'])
-    assert same(scratch[0]['body'], scratch[1]['body']) and not same(scratch[0]['body'], scratch[2]['body'])  # fresh weights by seed
+    assert same(scratch[0]['body'], scratch[1]['body'])
+    assert not same(scratch[0]['body'], scratch[2]['body'])  # fresh weights by seed
 
 def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
     learn = pretrained()
-    df = label_efficiency(learn, learn.dls, 1, seeds=2, rows=('frozen features','raw pixels'))
+    df = learn.label_efficiency(learn.dls, 1, seeds=2, rows=('frozen features','raw pixels'))
     (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
     def pixels(dl): return torch.cat([b[0].flatten(1) for b in clean_dl(dl)]).as_subclass(torch.Tensor)
     def by_hand(x, valid_x, seed, scale_by_all):
@@ -94,25 +103,30 @@ def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
         scale_x = x if scale_by_all else x[idxs]
         mean,std = scale_x.mean(0),scale_x.std(0, correction=0)
         std[std<1e-5] = 1.  # pixels that never change
-        clf = LogisticRegression(C=0.01, max_iter=1000).fit(((x-mean)/std)[idxs], ty[idxs])   # nothing to cross-validate with: the middle of C's grid
+        clf = LogisticRegression(C=0.01, max_iter=1000)  # nothing to cross-validate with: the middle of C's grid
+        clf.fit(((x-mean)/std)[idxs], ty[idxs])
         return clf.score((valid_x-mean)/std, vy)
-    want = [by_hand(*o, s, scale) for *o,scale in ((tx,vx,False), (pixels(learn.dls.train),pixels(learn.dls.valid),True)) for s in (0,1)]
+    rows = (tx,vx,False),(pixels(learn.dls.train),pixels(learn.dls.valid),True)
+    want = [by_hand(*o, s, scale) for *o,scale in rows for s in (0,1)]
     np.testing.assert_allclose(df.accuracy, want, atol=0.006)  # two images: float32 and pixels that hardly change
     assert abs(df.accuracy-np.roll(want, 1)).max()>0.02  # control
 
 def test_random_encoder_is_the_untrained_network():
     learn = pretrained(2)
-    df = label_efficiency(learn, learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
+    df = learn.label_efficiency(learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
     untrained = few()
-    random.seed(0); np.random.seed(0); torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     untrained.model.encoder.load_state_dict(create_encoder(arch, 1, size=8).state_dict())
-    want = label_efficiency(untrained, untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]
+    want = untrained.label_efficiency(untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]
     assert df.accuracy[1]==want!=df.accuracy[0]
 
 def test_training_learns_and_nothing_else_changes():
     learn = pretrained()
     before,rng = state(learn),torch.get_rng_state()
-    a,b = (label_efficiency(learn, learn.dls, 10, seeds=1, rows=label_rows, n_steps=25, lr=0.02, arch=arch) for _ in range(2))
+    a,b = (learn.label_efficiency(learn.dls, 10, seeds=1, rows=label_rows, n_steps=25, lr=0.02, arch=arch)
+           for _ in range(2))
     pd.testing.assert_frame_equal(a, b)                           # fixed by its seeds
     assert same(before, state(learn)) and torch.equal(rng, torch.get_rng_state())
     got = dict(zip(a.row, a.accuracy))
@@ -126,30 +140,34 @@ def test_imagenet_row_asks_the_library_for_weights(monkeypatch):
         return resnet18()
     monkeypatch.setitem(model_meta, resnet, model_meta[resnet18])
     learn = make(digits_dls(16, bs=16), resnet18, queue_size=16)
-    df = label_efficiency(learn, learn.dls, 1, seeds=1, rows=('ImageNet',), n_steps=1, arch=resnet)
+    df = learn.label_efficiency(learn.dls, 1, seeds=1, rows=('ImageNet',), n_steps=1, arch=resnet)
     assert len(df)==1 and asked==[model_meta[resnet18]['weights']]
 
 # mistakes
 
-@pytest.mark.parametrize('kw,msg', [(dict(rows=('pixels',)),'rows must be of'), (dict(labels_per_class=(1,1000), rows=('frozen features',)),'is more than'), (dict(rows=('from scratch',)),'arch must make'),
+@pytest.mark.parametrize('kw,msg', [(dict(rows=('pixels',)),'rows must be of'),
+                                    (dict(labels_per_class=(1,1000), rows=('frozen features',)),'is more than'),
+                                    (dict(rows=('from scratch',)),'arch must make'),
     (dict(rows=('random encoder',), arch=small_resnet),'arch must make')])
 def test_mistakes_are_told_before_training(fits, kw, msg):
     learn = make()
-    with pytest.raises(ValueError, match=msg): label_efficiency(learn, learn.dls, **{'labels_per_class':(1,), **kw})
+    with pytest.raises(ValueError, match=msg): learn.label_efficiency(learn.dls, **{'labels_per_class':(1,), **kw})
     assert fits==[]
 
 def test_another_normalisation_is_refused():
     learn = make()
     other = digits_dls(8, batch_tfms=Normalize.from_stats([0.9], [0.1], cuda=False))
-    with pytest.raises(ValueError, match='[Nn]ormalize'): label_efficiency(learn, other, 1)
+    with pytest.raises(ValueError, match='[Nn]ormalize'): learn.label_efficiency(other, 1)
     with pytest.raises(ValueError, match='[Nn]ormalize'): embed(learn, other.valid)
-    with pytest.raises(ValueError, match='[Nn]ormalize'): embed(learn, digits_dls(8).valid)   # none at all: features would be wrong, silently
+    with pytest.raises(ValueError, match='[Nn]ormalize'):
+        embed(learn, digits_dls(8).valid)  # none at all: features would be wrong, silently
 
 # summary
 
 def test_intervals_are_students():
     rng = np.random.RandomState(0)
-    df = pd.DataFrame([dict(row=r, labels=n, seed=s, accuracy=rng.rand(), balanced_accuracy=rng.rand()) for r in 'ab' for n in (1,5) for s in range(4)])
+    df = pd.DataFrame([dict(row=r, labels=n, seed=s, accuracy=rng.rand(), balanced_accuracy=rng.rand())
+                       for r in 'ab' for n in (1,5) for s in range(4)])
     for value in ('accuracy','balanced_accuracy'):
         for (row,n),o in summarize_labels(df, value).iterrows():
             v = df[(df.row==row)&(df.labels==n)][value]

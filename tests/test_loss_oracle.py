@@ -1,4 +1,6 @@
-"`relation`, `ressl_loss` and `info_nce_loss` against sums written out element by element, value and gradient, and what they keep in memory."
+"""`relation`, `ressl_loss` and `info_nce_loss` against sums written out element by element, value and gradient, and
+what they keep in memory."""
+
 import math
 from contextlib import nullcontext
 
@@ -74,7 +76,10 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(got, ressl_loss(zs.float(), zt.float(), queue.float()), **tol)
     with torch.autocast('cpu', dtype=torch.bfloat16): torch.testing.assert_close(ressl_loss(zs, zt, queue), got, **tol)
     # control: what half-precision logits would give
-    assert not torch.isclose(-((zt@queue.T/0.04).softmax(1)*(zs@queue.T/0.1).log_softmax(1)).sum(1).mean().float(), got, **tol)
+    assert not torch.isclose(
+        -((zt @ queue.T / 0.04).softmax(1) * (zs @ queue.T / 0.1).log_softmax(1)).sum(1).mean().float(), got, **tol
+    )
+
 
 def nce_and_grad(zs, zt, queue, temp=0.1):
     "-log softmax of the positive among the positive and the queue, and its gradient"
@@ -96,8 +101,11 @@ def test_info_nce_value_and_gradient(bs, size, dim):
     torch.testing.assert_close(got.detach(), want, **tol)
     torch.testing.assert_close(zs.grad, grad, rtol=1e-4, atol=1e-5)
     pos,neg = (zs*zt).sum(1, keepdim=True)/0.1,zs@queue.T/0.1
-    for name,wrong in (('positive not among the candidates', (neg.logsumexp(1)-pos[:,0]).mean()), ('pairs mismatched', info_nce_loss(zs, zt.roll(1, 0), queue)),
-                       ('another temperature', info_nce_loss(zs, zt, queue, temp=0.2))):
+    for name, wrong in (
+        ('positive not among the candidates', (neg.logsumexp(1) - pos[:, 0]).mean()),
+        ('pairs mismatched', info_nce_loss(zs, zt.roll(1, 0), queue)),
+        ('another temperature', info_nce_loss(zs, zt, queue, temp=0.2)),
+    ):
         if bs>1 or name!='pairs mismatched': assert not torch.isclose(wrong, want, rtol=1e-3), name
 
 @pytest.fixture(params=[2**20, 40, 1], ids=['one piece','pieces','rows'])
@@ -137,16 +145,26 @@ def test_gradcheck(piece):
 
 def test_unfilled_slots_do_not_count():
     zs,zt,queue = embeddings(4, 6, 3)
-    q = FeatureQueue(10, 3); q.enqueue(queue)
+    q = FeatureQueue(10, 3)
+    q.enqueue(queue)
     torch.testing.assert_close(ressl_loss(zs, zt, q.filled), ressl_loss(zs, zt, queue), rtol=0, atol=0)
-    assert not torch.isclose(ressl_loss(zs, zt, q.feats), ressl_loss(zs, zt, queue), rtol=1e-3)  # control: empty slots as embeddings of zeros
+    assert not torch.isclose(
+        ressl_loss(zs, zt, q.feats), ressl_loss(zs, zt, queue), rtol=1e-3
+    )  # control: empty slots as embeddings of zeros
+
 
 class Largest(TorchDispatchMode):
     "The largest tensor that an operation makes"
-    def __enter__(self): self.numel = 0; return super().__enter__()
+
+    def __enter__(self):
+        self.numel = 0
+        return super().__enter__()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not any(out.untyped_storage()._cdata==o.untyped_storage()._cdata for o in args if isinstance(o, torch.Tensor)):
+        if isinstance(out, torch.Tensor) and not any(
+            out.untyped_storage()._cdata == o.untyped_storage()._cdata for o in args if isinstance(o, torch.Tensor)
+        ):
             self.numel = max(self.numel, out.numel())
         return out
 
@@ -155,7 +173,11 @@ def memory(loss, bs=8, size=500, dim=4):
     zs,zt,queue = embeddings(bs, size, dim)
     zs.requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t), Largest() as largest: loss(zs, zt, queue).backward()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+        Largest() as largest,
+    ):
+        loss(zs, zt, queue).backward()
     return max(kept),largest.numel
 
 def test_nothing_of_the_queues_size_is_kept_or_made(monkeypatch):

@@ -1,4 +1,6 @@
-"Encoders, stems, the model, handing over, nearest neighbours: against their libraries' whole models, arithmetic by hand and scikit-learn."
+"""Encoders, stems, the model, handing over, nearest neighbours: against their libraries' whole models, arithmetic
+by hand and scikit-learn."""
+
 import random
 from copy import deepcopy
 from functools import partial
@@ -6,7 +8,8 @@ from functools import partial
 import numpy as np, pytest, timm, torch, torchvision.models as tv
 import torch.nn.functional as F
 from fastai.torch_core import defaults
-from fastai.vision.all import CategoryBlock, DataBlock, Flip, ImageBlock, IndexSplitter, Normalize, PILImage, PILImageBW, params, unet_learner, vision_learner
+from fastai.vision.all import (CategoryBlock, DataBlock, Flip, ImageBlock, IndexSplitter, Normalize, PILImage,
+                               PILImageBW, params, unet_learner, vision_learner)
 from fastai.vision.models import xresnet
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
@@ -19,29 +22,57 @@ from ressl_fastai.models import ReSSLModel, body_stem, create_encoder, get_arch,
 
 tiny_resnet = partial(small_resnet, widen=0.125)
 vit = partial(tv.VisionTransformer, image_size=64, patch_size=16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
-archs = dict(resnet18=tv.resnet18, resnet50=tv.resnet50, efficientnet_b0=tv.efficientnet_b0, mobilenet_v2=tv.mobilenet_v2, mobilenet_v3_small=tv.mobilenet_v3_small,
-    shufflenet=tv.shufflenet_v2_x0_5, mnasnet=tv.mnasnet0_5, convnext_tiny=tv.convnext_tiny, vit=vit, xresnet18=xresnet.xresnet18, small_resnet=small_resnet,
-    tiny_resnet=tiny_resnet, timm_resnet18='resnet18', timm_vit='test_vit')
+archs = dict(
+    resnet18=tv.resnet18,
+    resnet50=tv.resnet50,
+    efficientnet_b0=tv.efficientnet_b0,
+    mobilenet_v2=tv.mobilenet_v2,
+    mobilenet_v3_small=tv.mobilenet_v3_small,
+    shufflenet=tv.shufflenet_v2_x0_5,
+    mnasnet=tv.mnasnet0_5,
+    convnext_tiny=tv.convnext_tiny,
+    vit=vit,
+    xresnet18=xresnet.xresnet18,
+    small_resnet=small_resnet,
+    tiny_resnet=tiny_resnet,
+    timm_resnet18='resnet18',
+    timm_vit='test_vit',
+)
 
 def arch_of(nm): return archs.get(nm) or getattr(tv, nm, nm)
 def state(m): return {k:v.clone() for k,v in m.state_dict().items()}
 def same(a, b): return list(a)==list(b) and all(torch.equal(a[k], b[k]) for k in a)
-def close(a, b): return a.shape==b.shape and bool((a-b).abs().max()<=1e-5*b.abs().max())  # relative: features of untrained networks can be tiny
+def close(a, b):
+    return a.shape == b.shape and bool(
+        (a - b).abs().max() <= 1e-5 * b.abs().max()
+    )  # relative: features of untrained networks can be tiny
+
+
 def shapes(m): return [(k,v.shape) for k,v in m.state_dict().items()]
 
 def image_dls(n_in=3, size=24, labels=True, n=24, norm=None):
     "Noise images with two labels, the last four for validation; `ims` holds them all"
     ims = np.random.RandomState(0).randint(0, 256, (n,size,size,3)[:3 if n_in==1 else 4], dtype=np.uint8)
-    block = DataBlock((ImageBlock(PILImage if n_in==3 else PILImageBW), CategoryBlock)[:1+labels], get_x=ims.__getitem__, splitter=IndexSplitter(range(n-4, n)),
-        get_y=(lambda i: i%3%2) if labels else None, batch_tfms=norm and Normalize.from_stats([norm]*n_in, [0.5]*n_in, cuda=False))
+    block = DataBlock(
+        (ImageBlock(PILImage if n_in == 3 else PILImageBW), CategoryBlock)[: 1 + labels],
+        get_x=ims.__getitem__,
+        splitter=IndexSplitter(range(n - 4, n)),
+        get_y=(lambda i: i % 3 % 2) if labels else None,
+        batch_tfms=norm and Normalize.from_stats([norm] * n_in, [0.5] * n_in, cuda=False),
+    )
     dls = block.dataloaders(range(n), bs=4, num_workers=0)
     dls.ims = torch.tensor(ims).view(n, size, size, -1).permute(0, 3, 1, 2)/255
     return dls
 
 def make(arch=tiny_resnet, n_in=1, dls=None, **kwargs):
-    return ressl_learner(dls or image_dls(n_in), arch, **{**dict(queue_size=8, n_hidden=16, dim=8, metrics=[]), **kwargs})
+    return ressl_learner(
+        dls or image_dls(n_in), arch, **{**dict(queue_size=8, n_hidden=16, dim=8, metrics=[]), **kwargs}
+    )
 
-def clf_of(path, arch=tiny_resnet, n_in=1, **kwargs): return vision_learner(image_dls(n_in, **kwargs), arch, pretrained=False, n_in=n_in, path=path)
+
+def clf_of(path, arch=tiny_resnet, n_in=1, **kwargs):
+    return vision_learner(image_dls(n_in, **kwargs), arch, pretrained=False, n_in=n_in, path=path)
+
 
 def fit(learn):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
@@ -53,7 +84,11 @@ def headless(arch, n_in):
     "The whole model, as its library runs it, without its classifier"
     if isinstance(arch, str): return timm.create_model(arch, num_classes=0, in_chans=n_in)
     model = arch()
-    setattr(model, next((nm for nm in ('fc', 'classifier', 'heads') if hasattr(model, nm)), str(len(list(model.children()))-1)), nn.Flatten())
+    setattr(
+        model,
+        next((nm for nm in ('fc', 'classifier', 'heads') if hasattr(model, nm)), str(len(list(model.children())) - 1)),
+        nn.Flatten(),
+    )
     nm,conv = next((nm,m) for nm,m in model.named_modules() if isinstance(m, nn.Conv2d))
     parent,_,child = nm.rpartition('.')
     new = nn.Conv2d(n_in, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
@@ -65,9 +100,16 @@ def silent(encoder, x):
     encoder.train()(x).square().sum().backward()
     return [k for k,p in encoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
-@pytest.mark.parametrize('nm,n_in', [(k,3) for k in archs]+[(k,n) for k in archs if k not in ('vit','resnet50','convnext_tiny') for n in (1,5)])
+@pytest.mark.parametrize(
+    'nm,n_in',
+    [(k, 3) for k in archs] + [(k, n) for k in archs if k not in ('vit', 'resnet50', 'convnext_tiny') for n in (1, 5)],
+)
 def test_features_are_those_of_the_whole_model(nm, n_in):
-    enc,ref,x = create_encoder(archs[nm], n_in, stem='standard').eval(),headless(archs[nm], n_in).eval(),torch.randn(2, n_in, 64, 64)
+    enc, ref, x = (
+        create_encoder(archs[nm], n_in, stem='standard').eval(),
+        headless(archs[nm], n_in).eval(),
+        torch.randn(2, n_in, 64, 64),
+    )
     with torch.no_grad():
         got = enc(x)
         assert got.shape==(2,enc.nf) and got.isfinite().all() and not close(got[0], got[1])
@@ -78,7 +120,10 @@ def test_features_are_those_of_the_whole_model(nm, n_in):
 
 def test_a_wrong_cut_is_flagged():
     class Unused(nn.Module):
-        def __init__(self): super().__init__(); self.used,self.unused = nn.Conv2d(5, 8, 3),nn.Conv2d(8, 8, 3)
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(5, 8, 3), nn.Conv2d(8, 8, 3)
+
         def forward(self, x): return self.used(x)
     x = torch.randn(2, 5, 64, 64)
     assert silent(create_encoder(Unused(), 5), x)==['0.unused.weight', '0.unused.bias']
@@ -92,7 +137,11 @@ def test_transformers_take_the_size_they_are_made_for():
     for arch,kw,why in (('vit_tiny_patch16_224',{},'does not take images'), (vit,dict(size=32),'does not take images')):
         with pytest.raises(ValueError, match=why): create_encoder(arch, **kw)
 
-@pytest.mark.parametrize('nm', [k for k in archs if k not in ('vit','shufflenet','mnasnet','mobilenet_v2')]+['mobilenetv3_small_100','densenet121'])
+@pytest.mark.parametrize(
+    'nm',
+    [k for k in archs if k not in ('vit', 'shufflenet', 'mnasnet', 'mobilenet_v2')]
+    + ['mobilenetv3_small_100', 'densenet121'],
+)
 def test_body_is_vision_learners(nm, tmp_path):
     "The same tensors in the same order, for the networks that `vision_learner` can cut"
     body = clf_of(tmp_path, arch_of(nm)).model[0]
@@ -100,20 +149,39 @@ def test_body_is_vision_learners(nm, tmp_path):
     assert shapes(create_encoder(arch_of(nm), 5, stem='standard')[0])!=shapes(body)  # control
 
 def test_get_arch_finds_every_library():
-    assert get_arch('resnet18') is tv.resnet18 and get_arch('xse_resnet18') is xresnet.xse_resnet18 and get_arch('small_resnet') is small_resnet
+    assert (
+        get_arch('resnet18') is tv.resnet18
+        and get_arch('xse_resnet18') is xresnet.xse_resnet18
+        and get_arch('small_resnet') is small_resnet
+    )
     assert get_arch('test_vit')=='test_vit' and get_arch('convnext_tiny') is tv.convnext_tiny
-    for nm,near in (('mobilenet_v4','mobilenet_v'), ('smal_resnet','small_resnet'), ('tf_efficentnet_b0','tf_efficientnet_b0')):
+    for nm, near in (
+        ('mobilenet_v4', 'mobilenet_v'),
+        ('smal_resnet', 'small_resnet'),
+        ('tf_efficentnet_b0', 'tf_efficientnet_b0'),
+    ):
         with pytest.raises(ValueError, match=f"got '{nm}'; did you mean .*{near}"): get_arch(nm)
     with pytest.raises(ValueError, match="got '%%%'$"): get_arch('%%%')
 
 # stems
 
-shrinks = dict(resnet18=(32,16,8), xresnet18=(32,16,8), timm_resnet18=(32,16,8), mobilenet_v2=(32,16,16), efficientnet_b0=(32,16,16))  # two have no max-pool
+shrinks = dict(
+    resnet18=(32, 16, 8),
+    xresnet18=(32, 16, 8),
+    timm_resnet18=(32, 16, 8),
+    mobilenet_v2=(32, 16, 16),
+    efficientnet_b0=(32, 16, 16),
+)  # two have no max-pool
+
 
 def last_map(enc, x):
     "Height and width of the last feature map, whoever pools it"
     maps = []
-    hooks = [m.register_forward_hook(lambda m,i,o: maps.append(tuple(o.shape[2:]))) for m in enc.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [
+        m.register_forward_hook(lambda m, i, o: maps.append(tuple(o.shape[2:])))
+        for m in enc.modules()
+        if isinstance(m, nn.Conv2d)
+    ]
     with torch.no_grad(): enc.eval()(x)
     for h in hooks: h.remove()
     return maps[-1]
@@ -125,24 +193,45 @@ def test_resolution_that_a_stem_leaves(nm, size):
     for stem,by in zip(('standard','small_pool','small'), shrinks[nm]):
         enc = create_encoder(archs[nm], stem=stem, size=size)
         assert last_map(enc, x)==(size//by,size//by) and enc.stem==body_stem(enc[0])==stem
-    if nm=='resnet18': enc[0][0].padding = (2,2); assert last_map(enc, x)==(size//8+1,size//8+1)  # control: the known mistake (D30)
+    if nm == 'resnet18':
+        enc[0][0].padding = (2, 2)
+        assert last_map(enc, x) == (size // 8 + 1, size // 8 + 1)  # control: the known mistake (D30)
+
 
 def test_stem_auto_follows_the_shorter_side():
-    for size,stem in ((32,'small'), (40,'small'), (41,'small_pool'), (80,'small_pool'), (81,'standard'), ((32,128),'small'), ((128,64),'small_pool')):
+    for size, stem in (
+        (32, 'small'),
+        (40, 'small'),
+        (41, 'small_pool'),
+        (80, 'small_pool'),
+        (81, 'standard'),
+        ((32, 128), 'small'),
+        ((128, 64), 'small_pool'),
+    ):
         assert create_encoder(tiny_resnet, size=size).stem==stem, size
     for arch in (vit, tv.convnext_tiny, tiny_resnet()): assert create_encoder(arch).stem=='standard'
 
 def test_stems_that_cannot_be_are_refused():
-    for body,stem,why in ((tiny_resnet(),'tiny','must be one of'), (nn.Flatten(),'small','has none'), (tv.convnext_tiny(),'small','patches of 4'),
-                          (set_stem(tiny_resnet(), 'small'),'small_pool','already has')):
+    for body, stem, why in (
+        (tiny_resnet(), 'tiny', 'must be one of'),
+        (nn.Flatten(), 'small', 'has none'),
+        (tv.convnext_tiny(), 'small', 'patches of 4'),
+        (set_stem(tiny_resnet(), 'small'), 'small_pool', 'already has'),
+    ):
         before = shapes(body)
-        with pytest.raises(ValueError, match=why): set_stem(body, stem)
+        with pytest.raises(ValueError, match=why):
+            set_stem(body, stem)
         assert shapes(body)==before
 
 def test_pretrained_weights_keep_their_stem(monkeypatch):
     "Mock weights: grey images have the features of the same images in three equal channels"
     calls,x = [],torch.randn(2, 1, 32, 32)
-    def mock(pretrained): calls.append(pretrained); torch.manual_seed(5); return tiny_resnet()
+
+    def mock(pretrained):
+        calls.append(pretrained)
+        torch.manual_seed(5)
+        return tiny_resnet()
+
     def by_weights(*, weights=None, **kwargs): return mock(weights)
     def by_flag(pretrained=False): return mock(pretrained)
     def by_none(): return mock(None)
@@ -150,13 +239,23 @@ def test_pretrained_weights_keep_their_stem(monkeypatch):
     for arch in (by_weights, by_flag, partial(by_weights, progress=False)):
         enc = create_encoder(arch, 1, pretrained=True, size=32).eval()
         assert enc.stem=='standard' and close(enc(x), colour)
-        assert not close(create_encoder(arch, 1, stem='standard', size=32).eval()(x), colour)  # control: a new first layer
+        assert not close(
+            create_encoder(arch, 1, stem='standard', size=32).eval()(x), colour
+        )  # control: a new first layer
     assert create_encoder(by_weights, pretrained=True, stem='small', size=32).stem=='small'    # asked for
     assert calls==['DEFAULT', 'DEFAULT', None, True, False, 'DEFAULT', None, 'DEFAULT']
     with pytest.raises(ValueError, match='neither a weights nor a pretrained'): create_encoder(by_none, pretrained=True)
     create = timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda nm, pretrained, **kw: (calls.append(pretrained), create(nm, pretrained=False, **kw))[1])
-    assert [create_encoder('test_resnet', pretrained=o, size=32).stem for o in (True,False)]==['standard','small'] and calls[-2:]==[True,False]
+    monkeypatch.setattr(
+        timm,
+        'create_model',
+        lambda nm, pretrained, **kw: (calls.append(pretrained), create(nm, pretrained=False, **kw))[1],
+    )
+    assert [create_encoder('test_resnet', pretrained=o, size=32).stem for o in (True, False)] == [
+        'standard',
+        'small',
+    ] and calls[-2:] == [True, False]
+
 
 # ReSSLModel
 
@@ -173,21 +272,31 @@ def storages(*ms): return {t.untyped_storage().data_ptr() for m in ms for t in (
 @pytest.mark.parametrize('bn', [False,True])
 @pytest.mark.parametrize('predictor', [False,True])
 def test_model_by_hand(bn, predictor):
-    model = ReSSLModel(create_encoder(tiny_resnet, 1, size=16), 8, n_hidden=16, dim=6, projector_bn=bn, predictor_layers=2*predictor).train()
+    model = ReSSLModel(
+        create_encoder(tiny_resnet, 1, size=16), 8, n_hidden=16, dim=6, projector_bn=bn, predictor_layers=2 * predictor
+    ).train()
     x = torch.rand(8, 1, 16, 16)
     h = mlp(model.projector, model.encode(x))
     torch.testing.assert_close(model.teacher(x), unit(h))
     torch.testing.assert_close(model(x), unit(mlp(model.predictor, h) if predictor else h))
     assert close(model(x), unit(h))==(not predictor)  # control: without the predictor
     # the teacher is a copy, and has no predictor
-    assert [p.shape for p in model.teacher.parameters()]==[p.shape for m in (model.encoder, model.projector) for p in m.parameters()]
+    assert [p.shape for p in model.teacher.parameters()] == [
+        p.shape for m in (model.encoder, model.projector) for p in m.parameters()
+    ]
     assert not storages(model.teacher)&storages(model.encoder, model.projector)
     assert storages(model.student)==storages(model.encoder, model.projector)  # control: a view, no copy
 
-@pytest.mark.parametrize('arch', [tiny_resnet, vit, 'test_resnet', tv.mobilenet_v3_small], ids=['tiny_resnet','vit','timm','mobilenet'])
+@pytest.mark.parametrize(
+    'arch', [tiny_resnet, vit, 'test_resnet', tv.mobilenet_v3_small], ids=['tiny_resnet', 'vit', 'timm', 'mobilenet']
+)
 def test_copies_of_the_model(arch, tmp_path):
     "State dict, deepcopy and pickle bring back student, teacher and queue"
-    x,(model,other) = torch.randn(4, 3, 64, 64),(ReSSLModel(create_encoder(arch), 8, n_hidden=16, dim=6, predictor_layers=2).eval() for _ in range(2))
+    x, (model, other) = (
+        torch.randn(4, 3, 64, 64),
+        (ReSSLModel(create_encoder(arch), 8, n_hidden=16, dim=6, predictor_layers=2).eval() for _ in range(2)),
+    )
+
     def out(m): return torch.cat([m(x), m.teacher(x), m.queue.filled])
     with torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
@@ -198,21 +307,32 @@ def test_copies_of_the_model(arch, tmp_path):
     other.load_state_dict(model.state_dict())
     for m in (other, deepcopy(model), torch.load(tmp_path/'whole.pth', weights_only=False)):
         assert same(state(m), state(model)) and torch.equal(out(m), out(model)) and not storages(m)&storages(model)
-        assert m.encoder.extra_repr()==model.encoder.extra_repr() and not any(p.requires_grad for p in m.teacher.parameters())
+        assert m.encoder.extra_repr() == model.encoder.extra_repr() and not any(
+            p.requires_grad for p in m.teacher.parameters()
+        )
+
 
 def test_stochastic_depth_is_off_in_the_teacher():
     model,x = ReSSLModel(create_encoder(tv.efficientnet_b0, size=32), 8, n_hidden=16, dim=6),torch.randn(8, 3, 32, 32)
     def repeats(net):
         with torch.no_grad(): return torch.equal(net(x), net(x))
     model.train()
-    assert repeats(model.teacher) and not repeats(model) and all(m.training for m in (*model.encoder.modules(), *model.projector.modules()))
+    assert (
+        repeats(model.teacher)
+        and not repeats(model)
+        and all(m.training for m in (*model.encoder.modules(), *model.projector.modules()))
+    )
     assert {type(m) for m in model.teacher.modules() if m.training}=={nn.BatchNorm2d}
-    model.teacher.train(); assert not repeats(model.teacher)  # control: what `train` alone would do
-    model.eval(); assert repeats(model.teacher) and repeats(model) and not any(m.training for m in model.modules())
+    model.teacher.train()
+    assert not repeats(model.teacher)  # control: what `train` alone would do
+    model.eval()
+    assert repeats(model.teacher) and repeats(model) and not any(m.training for m in model.modules())
+
 
 def test_teacher_takes_no_gradient_whatever_is_frozen():
     def opened(learn):
-        learn.freeze(); learn.unfreeze()
+        learn.freeze()
+        learn.unfreeze()
         return any(p.requires_grad for p in learn.model.teacher.parameters())
     learn = make()
     assert not opened(learn) and all(p.requires_grad for p in learn.model.student.parameters())
@@ -220,7 +340,17 @@ def test_teacher_takes_no_gradient_whatever_is_frozen():
 
 # handing over
 
-@pytest.mark.parametrize('nm,n_in', [('tiny_resnet',1), ('resnet18',3), ('mobilenet_v3_small',1), ('efficientnet_b0',3), ('xresnet18',3), ('test_resnet',3)])
+@pytest.mark.parametrize(
+    'nm,n_in',
+    [
+        ('tiny_resnet', 1),
+        ('resnet18', 3),
+        ('mobilenet_v3_small', 1),
+        ('efficientnet_b0', 3),
+        ('xresnet18', 3),
+        ('test_resnet', 3),
+    ],
+)
 def test_encoder_is_handed_over(nm, n_in, tmp_path):
     learn = fit(make(arch_of(nm), n_in, path=tmp_path))
     for teacher in (False,True):
@@ -229,10 +359,14 @@ def test_encoder_is_handed_over(nm, n_in, tmp_path):
         assert not close(want, other)  # control
         clf = clf_of(tmp_path, arch_of(nm), n_in)
         def features(body):
-            with torch.no_grad(): return torch.cat([body.eval()(b[0].as_subclass(Tensor)).mean((2,3)) for b in clf.dls.valid])
+            with torch.no_grad():
+                return torch.cat([body.eval()(b[0].as_subclass(Tensor)).mean((2, 3)) for b in clf.dls.valid])
+
         assert not close(features(clf.model[0]), want)
         assert close(features(clf.load_encoder('enc').model[0]), want)  # weights, stem and normalisation
-        assert close(features(load_encoder(create_encoder(arch_of(nm), n_in, size=24), tmp_path/'models'/'enc')[0]), want)
+        assert close(
+            features(load_encoder(create_encoder(arch_of(nm), n_in, size=24), tmp_path / 'models' / 'enc')[0]), want
+        )
         again = make(arch_of(nm), n_in, path=tmp_path).load_encoder('enc')
         assert close(embed(again)[0], want) and close(embed(again, teacher=True)[0], want)
     fit(clf)
@@ -249,17 +383,27 @@ def loads(learn, file):
 def test_what_does_not_fit_is_refused(tmp_path):
     make(path=tmp_path).save_encoder('enc')
     assert loads(clf_of(tmp_path), 'enc')  # control
-    for nm,learn in dict(arch=clf_of(tmp_path, tv.resnet18), width=make(small_resnet, path=tmp_path), channels=clf_of(tmp_path, n_in=3),
-                         stem=make(stem='small_pool', path=tmp_path), normalisation=clf_of(tmp_path, norm=0.1)).items(): assert not loads(learn, 'enc'), nm
+    for nm, learn in dict(
+        arch=clf_of(tmp_path, tv.resnet18),
+        width=make(small_resnet, path=tmp_path),
+        channels=clf_of(tmp_path, n_in=3),
+        stem=make(stem='small_pool', path=tmp_path),
+        normalisation=clf_of(tmp_path, norm=0.1),
+    ).items(): assert not loads(learn, 'enc'), nm
     make(tv.shufflenet_v2_x0_5, path=tmp_path).save_encoder('shuffle')
     assert not loads(clf_of(tmp_path, tv.shufflenet_v2_x0_5), 'shuffle')  # fastai keeps only its first block
 
 def test_files_of_another_kind_are_refused(tmp_path):
     learn,clf,models = fit(make(path=tmp_path)),clf_of(tmp_path),tmp_path/'models'
     good = learn.save_encoder('good').read_bytes()
-    for i,b in enumerate((b'', b'words', good[:-200], good[:len(good)//2], good[len(good)//2:])): (models/f'damaged{i}.pth').write_bytes(b)
-    for nm,o in dict(dict={'body':learn.model.encoder[0].state_dict()}, list=[1], tensor=torch.ones(2), model=learn.model).items(): torch.save(o, models/f'{nm}.pth')
-    learn.save('with_opt'); learn.save('alone', with_opt=False)
+    for i, b in enumerate((b'', b'words', good[:-200], good[: len(good) // 2], good[len(good) // 2 :])):
+        (models / f'damaged{i}.pth').write_bytes(b)
+    for nm, o in dict(
+        dict={'body': learn.model.encoder[0].state_dict()}, list=[1], tensor=torch.ones(2), model=learn.model
+    ).items():
+        torch.save(o, models / f'{nm}.pth')
+    learn.save('with_opt')
+    learn.save('alone', with_opt=False)
     files = sorted(p.stem for p in models.glob('*.pth'))
     assert [f for f in files if loads(clf, f)]==['good'] and len(files)==12
 
@@ -274,7 +418,10 @@ def clusters(n, seed, dim=6, n_classes=5):
     "Clusters that overlap, rows of any length"
     rng = np.random.RandomState(seed)
     y = rng.randint(0, n_classes, n)
-    return torch.tensor((2*np.random.RandomState(9).randn(n_classes, dim)[y]+3*rng.randn(n, dim))*rng.uniform(0.2, 5, (n,1))),torch.tensor(y)
+    return torch.tensor(
+        (2 * np.random.RandomState(9).randn(n_classes, dim)[y] + 3 * rng.randn(n, dim)) * rng.uniform(0.2, 5, (n, 1))
+    ), torch.tensor(y)
+
 
 def test_knn_is_scikit_learns():
     "Every prediction, not the accuracy alone: the targets are what scikit-learn predicts"
@@ -285,14 +432,19 @@ def test_knn_is_scikit_learns():
     for k in (1,3,20,199,1000):
         for temp in (0.02,0.1,1.):
             knn = neighbours(k, temp)
-            p = np.sort(knn.predict_proba(x), 1); assert (p[:,-1]-p[:,-2]).min()>1e-9  # no ties
+            p = np.sort(knn.predict_proba(x), 1)
+            assert (p[:, -1] - p[:, -2]).min() > 1e-9  # no ties
             for chunk in (1,3*200,7*200+5,2**24):
-                got = [knn_accuracy(bank, labels, x, torch.tensor(t.tolist()), k, temp, chunk) for t in (knn.predict(x), y)]
+                got = [
+                    knn_accuracy(bank, labels, x, torch.tensor(t.tolist()), k, temp, chunk) for t in (knn.predict(x), y)
+                ]
                 assert got==[1,knn.score(x, y)], (k,temp,chunk)
     def agreement(knn): return knn_accuracy(bank, labels, x, torch.tensor(knn.predict(x).tolist()), 20, 0.1)
     assert agreement(neighbours(20, 0.1))==1
     wrong = neighbours(20),neighbours(20, 0.1, 'euclidean'),neighbours(20, 1.),neighbours(3, 0.1)
-    assert max(map(agreement, wrong))<1  # controls: equal votes, lengths that count, other temperature, fewer neighbours
+    assert (
+        max(map(agreement, wrong)) < 1
+    )  # controls: equal votes, lengths that count, other temperature, fewer neighbours
     assert knn_accuracy(bank, labels, x, y+5)==0  # classes that the bank lacks (D36)
 
 def test_embeddings_are_in_the_items_order():
@@ -301,8 +453,14 @@ def test_embeddings_are_in_the_items_order():
     learn,norm = fit(make(dls=dls)),get_normalize(dls)
     with torch.no_grad(): want = learn.model.eval().encode(((dls.ims-norm.mean)/norm.std).as_subclass(Tensor))
     assert dls.train.shuffle and dls.train.drop_last
-    for dl,rows in ((dls.train,slice(20)), (dls.train.new(bs=7),slice(20)), (dls.valid,slice(20,24)), (None,slice(20,24)), (dls.test_dl([3,1,2]),[3,1,2])):
-        got,y = embed(learn, dl)
+    for dl, rows in (
+        (dls.train, slice(20)),
+        (dls.train.new(bs=7), slice(20)),
+        (dls.valid, slice(20, 24)),
+        (None, slice(20, 24)),
+        (dls.test_dl([3, 1, 2]), [3, 1, 2]),
+    ):
+        got, y = embed(learn, dl)
         assert close(got, want[rows])
         assert y is None if isinstance(rows, list) else y.tolist()==[i%3%2 for i in range(24)[rows]]
     assert not close(got, want[[1,2,3]])  # control
@@ -313,13 +471,30 @@ def test_embedding_leaves_no_trace():
     for m in learn.model.modules(): m.training = random.random()<0.5
     def everything():
         dl,rec = learn.dls.train,learn.recorder
-        return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dl.rng.getstate(), [m.training for m in learn.model.modules()],
-            [id(o) for o in (learn.dls, dl, learn.model, learn.opt, learn.loss_func, *learn.cbs, *learn.metrics)], [dl.shuffle, dl.drop_last, dl.bs, dl.n],
-            [str(f) for o in learn.dls for nm in ('after_item','before_batch','after_batch') for f in getattr(o, nm).fs], list(rec.log), str(rec.values), len(rec.losses))
+        return (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+            dl.rng.getstate(),
+            [m.training for m in learn.model.modules()],
+            [id(o) for o in (learn.dls, dl, learn.model, learn.opt, learn.loss_func, *learn.cbs, *learn.metrics)],
+            [dl.shuffle, dl.drop_last, dl.bs, dl.n],
+            [
+                str(f)
+                for o in learn.dls
+                for nm in ('after_item', 'before_batch', 'after_batch')
+                for f in getattr(o, nm).fs
+            ],
+            list(rec.log),
+            str(rec.values),
+            len(rec.losses),
+        )
     before,weights = everything(),state(learn.model)
     for teacher in (False,True): embed(learn, learn.dls.train, teacher)
     assert everything()==before and same(weights, state(learn.model))
-    random.random(); assert everything()!=before  # control
+    random.random()
+    assert everything() != before  # control
+
 
 # faults that once were
 
@@ -328,7 +503,9 @@ def test_stem_reaches_the_whole_model(arch, tmp_path):
     make(arch, stem='small', path=tmp_path).save_encoder('enc')
     assert load_encoder(create_encoder(arch, 1, stem='standard'), tmp_path/'models'/'enc').stem=='small'
     model,x = make(arch, stem='standard', path=tmp_path).load_encoder('enc').model.eval(),torch.randn(2, 1, 24, 24)
-    assert model.encoder.stem==model.teacher[0].stem=='small' and not any(p.requires_grad for p in model.teacher.parameters())
+    assert model.encoder.stem == model.teacher[0].stem == 'small' and not any(
+        p.requires_grad for p in model.teacher.parameters()
+    )
     assert close(model.teacher[0](x), model.encode(x))
 
 def test_frozen_stays_frozen(tmp_path):
@@ -336,7 +513,11 @@ def test_frozen_stays_frozen(tmp_path):
     clf = clf_of(tmp_path, tv.resnet18)
     clf.freeze()
     def frozen(): return clf.opt.frozen_idx,[p.requires_grad for p in clf.model.parameters()]
-    before = frozen(); clf.load_encoder('enc'); assert frozen()==before
+
+    before = frozen()
+    clf.load_encoder('enc')
+    assert frozen() == before
+
 
 def test_added_normalize_is_on_the_device_of_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, 'use_cuda', None)  # else fastai's `to_device` takes all to the CPU

@@ -28,7 +28,8 @@ class Double(Callback):
 
 def learner(opt_func, **kwargs):
     learn = small(opt_func=opt_func, weak_tfms=same, strong_tfms=darker, cbs=Double(), **kwargs)
-    with torch.no_grad(): learn.model.queue.enqueue(torch.nn.functional.normalize(torch.randn(learn.model.queue.size, 8), dim=1))
+    with torch.no_grad():
+        learn.model.queue.enqueue(torch.nn.functional.normalize(torch.randn(learn.model.queue.size, 8), dim=1))
     learn.model.double()
     return learn
 
@@ -40,7 +41,8 @@ def groups(learn): quiet(learn, lambda: learn.fit_one_cycle(5, slice(1e-4, 1e-2)
 def frozen(learn):
     learn.freeze()
     quiet(learn, lambda: learn.fit_one_cycle(2, 1e-2))
-    for p in learn.model.parameters(): p.grad = None  # fastai's zeros would let weight decay act on what is frozen later
+    for p in learn.model.parameters():
+        p.grad = None  # fastai's zeros would let weight decay act on what is frozen later
     learn.unfreeze()
     quiet(learn, lambda: learn.fit_flat_cos(3, slice(1e-3, 1e-2)))
 
@@ -54,8 +56,10 @@ def weights(opt_func, run, **kwargs):
 def test_twenty_steps_are_fastais(run):
     adam = weights(Adam, run)
     assert (weights(Everywhere, run)-adam).abs().max()<1e-6
-    assert torch.equal(weights(FusedAdam, run), adam)            # on a CPU it is `Adam`
-    for wrong in (partial(Everywhere, eps=1e-3), partial(Everywhere, sqr_mom=0.9)): assert (weights(wrong, run)-adam).abs().max()>1e-6  # control
+    assert torch.equal(weights(FusedAdam, run), adam)  # on a CPU it is `Adam`
+    for wrong in (partial(Everywhere, eps=1e-3), partial(Everywhere, sqr_mom=0.9)):
+        assert (weights(wrong, run) - adam).abs().max() > 1e-6  # control
+
 
 def test_no_weight_decay_on_batch_norms_and_biases():
     run = schedules
@@ -68,7 +72,9 @@ def test_a_step_is_a_few_operations_however_many_parameters():
         learn = learner(opt_func)
         quiet(learn, lambda: learn.fit(1, 1e-3))
         for p in learn.model.student.parameters(): p.grad = torch.ones_like(p)
-        with profile() as prof: learn.opt.step(); learn.opt.zero_grad()
+        with profile() as prof:
+            learn.opt.step()
+            learn.opt.zero_grad()
         assert all(p.grad is None for p in learn.model.parameters()) or opt_func is Adam
         n = sum(len(ps) for ps in learn.opt.param_lists)
         ours = [e for e in prof.key_averages() if e.key.startswith('aten::')]
@@ -80,12 +86,18 @@ def test_a_step_is_a_few_operations_however_many_parameters():
 
 def test_what_the_user_gives_is_left_alone():
     assert small().opt_func is FusedAdam
-    for opt_func,cls in ((Adam, type(Adam([torch.zeros(1)], 1e-3))), (partial(OptimWrapper, opt=torch.optim.AdamW), OptimWrapper), (SGD, type(SGD([torch.zeros(1)], 1e-3)))):
+    for opt_func, cls in (
+        (Adam, type(Adam([torch.zeros(1)], 1e-3))),
+        (partial(OptimWrapper, opt=torch.optim.AdamW), OptimWrapper),
+        (SGD, type(SGD([torch.zeros(1)], 1e-3))),
+    ):
         learn = small(opt_func=opt_func)
         learn.create_opt()
         assert type(learn.opt) is cls
 
-def test_a_crash_and_a_new_start_give_the_same_bits(tmp_path): check(tmp_path, 24, make=partial(small, opt_func=Everywhere), every=3)
+def test_a_crash_and_a_new_start_give_the_same_bits(tmp_path):
+    check(tmp_path, 24, make=partial(small, opt_func=Everywhere), every=3)
+
 
 @pytest.mark.parametrize('first,then', [(Adam, Everywhere), (Everywhere, Adam), (Everywhere, FusedAdam)])
 def test_state_goes_from_one_to_the_other(tmp_path, first, then):

@@ -23,9 +23,20 @@ class Watch(Callback):
     def before_fit(self):
         self.seen,self.losses = {},set()
         net = self.model
-        self.hooks = [m.register_forward_hook(partial(self.note, nm)) for nm,m in (('student',net.projector), ('teacher',net.teacher[1]))]
-    def note(self, nm, m, x, out): self.seen.setdefault((nm,self.training), set()).add(out.dtype); self.last = x[0]
-    def after_loss(self): self.losses.add((self.loss.dtype,self.ressl.z_teacher.dtype,self.pred.dtype,torch.is_autocast_enabled('cpu')))
+        self.hooks = [
+            m.register_forward_hook(partial(self.note, nm))
+            for nm, m in (('student', net.projector), ('teacher', net.teacher[1]))
+        ]
+
+    def note(self, nm, m, x, out):
+        self.seen.setdefault((nm, self.training), set()).add(out.dtype)
+        self.last = x[0]
+
+    def after_loss(self):
+        self.losses.add(
+            (self.loss.dtype, self.ressl.z_teacher.dtype, self.pred.dtype, torch.is_autocast_enabled('cpu'))
+        )
+
     def after_fit(self): [h.remove() for h in self.hooks]
 
 def watched(learn, **kwargs):
@@ -36,10 +47,18 @@ def watched(learn, **kwargs):
     assert watch.seen['student',True]==watch.seen['teacher',True]
     return watch.seen['student',True].pop()
 
-half = dict(asked=lambda: few(precision='bfloat16'), to_bf16=lambda: few().to_bf16(), callback=lambda: few(cbs=MixedPrecision('bf16')),
-    channelslast=lambda: few().to_channelslast(amp_mode=AMPMode.BF16))
-full = dict(asked=lambda: few(precision='float32'), to_fp32=lambda: few(precision='bfloat16').to_fp32(), back=lambda: few(precision='bfloat16').to_bf16().to_fp32(),
-    contiguous=lambda: few(precision='bfloat16').to_bf16().to_contiguous(to_fp32=True))
+half = dict(
+    asked=lambda: few(precision='bfloat16'),
+    to_bf16=lambda: few().to_bf16(),
+    callback=lambda: few(cbs=MixedPrecision('bf16')),
+    channelslast=lambda: few().to_channelslast(amp_mode=AMPMode.BF16),
+)
+full = dict(
+    asked=lambda: few(precision='float32'),
+    to_fp32=lambda: few(precision='bfloat16').to_fp32(),
+    back=lambda: few(precision='bfloat16').to_bf16().to_fp32(),
+    contiguous=lambda: few(precision='bfloat16').to_bf16().to_contiguous(to_fp32=True),
+)
 
 @pytest.mark.parametrize('nm', half)
 def test_d12_bfloat16_on_the_cpu(nm): assert watched(half[nm]())==torch.bfloat16
@@ -49,14 +68,30 @@ def test_float32_on_request(nm): assert watched(full[nm]())==torch.float32
 
 @pytest.mark.filterwarnings('ignore:float16 is slow')
 def test_d19_fp16_overflow_on_the_cpu_changes_neither_teacher_nor_queue():
-    "A real overflow, with the gradient scaler of the device: the first steps overflow at a scale of 2**30, later ones do not"
-    learn = make(digits_dls(8, bs=256), cbs=MixedPrecision('fp16', init_scale=2.**30, backoff_factor=2.**-6), opt_func=partial(SGD, mom=0.))
+    """A real overflow, with the gradient scaler of the device: the first steps overflow at a scale of 2**30, later
+    ones do not"""
+    learn = make(
+        digits_dls(8, bs=256),
+        cbs=MixedPrecision('fp16', init_scale=2.0**30, backoff_factor=2.0**-6),
+        opt_func=partial(SGD, mom=0.0),
+    )
+
     class Steps(Callback):
         order = MixedPrecision.order+20
         def before_fit(self): self.done,self.skipped = 0,0
         def before_batch(self): self.before = state(self.learn)
-        def moved(self): return {k for k,v in state(self.learn).items() if not torch.equal(v, self.before[k]) and not ('running' in k or 'batches' in k)}
-        def after_cancel_step(self): self.skipped += 1; self.skip = True
+
+        def moved(self):
+            return {
+                k
+                for k, v in state(self.learn).items()
+                if not torch.equal(v, self.before[k]) and not ('running' in k or 'batches' in k)
+            }
+
+        def after_cancel_step(self):
+            self.skipped += 1
+            self.skip = True
+
         def after_batch(self):
             if not self.training: return
             moved = self.moved()
@@ -91,12 +126,23 @@ def test_channels_last_in_student_and_teacher(channels_last):
     "And the same gradients, in float64, where rounding is no excuse"
     learn = fit(few(channels_last=channels_last, precision='float32'))
     net = learn.model
-    def layout(net): return {m.weight.is_contiguous(memory_format=torch.channels_last) for m in net.modules() if isinstance(m, torch.nn.Conv2d) and min(m.weight.shape[1:])>1}
+
+    def layout(net):
+        return {
+            m.weight.is_contiguous(memory_format=torch.channels_last)
+            for m in net.modules()
+            if isinstance(m, torch.nn.Conv2d) and min(m.weight.shape[1:]) > 1
+        }
+
     assert layout(net.encoder)==layout(net.teacher)=={channels_last}
     a,x = net.double().train(),torch.rand(16, 1, 8, 8, dtype=torch.float64)
     b = deepcopy(a).to(memory_format=torch.contiguous_format)
-    for m in (a,b): m.zero_grad(); (m(x)*torch.arange(8)).sum().backward()
-    for p,q in zip(a.student.parameters(), b.student.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
+    for m in (a, b):
+        m.zero_grad()
+        (m(x) * torch.arange(8)).sum().backward()
+    for p, q in zip(a.student.parameters(), b.student.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
+
 
 def test_what_is_measured_is_measured_in_float32():
     "embed, kNN and validation do not depend on the precision of training"
@@ -113,20 +159,44 @@ def test_auto_asks_the_processor(monkeypatch):
     assert choose_precision('bfloat16', True, 'cpu')==(torch.bfloat16,True)  # who asks gets it
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16':True})
     assert has('cpu') and choose_precision('auto', 'auto', 'cpu')==(torch.bfloat16,True)
-    assert choose_precision('auto', 'auto', 'meta')==(None,False) and choose_precision('float32', False, 'cpu')==(None,False)
+    assert choose_precision('auto', 'auto', 'meta') == (None, False) and choose_precision('float32', False, 'cpu') == (
+        None,
+        False,
+    )
     assert not has('meta') and not has('mps')
-    for arch,dtype in ((tv.resnet18,torch.bfloat16), (tv.mobilenet_v3_small,None), (tv.efficientnet_b0,None), (tv.resnext50_32x4d,torch.bfloat16), (tv.convnext_tiny,torch.bfloat16)):
-        with torch.device('meta'): net = arch(weights=None)
-        assert choose_precision('auto', 'auto', 'cpu', net)==(dtype,True) and choose_precision('bfloat16', 'auto', 'cpu', net)==(torch.bfloat16,True)
+    for arch, dtype in (
+        (tv.resnet18, torch.bfloat16),
+        (tv.mobilenet_v3_small, None),
+        (tv.efficientnet_b0, None),
+        (tv.resnext50_32x4d, torch.bfloat16),
+        (tv.convnext_tiny, torch.bfloat16),
+    ):
+        with torch.device('meta'):
+            net = arch(weights=None)
+        assert choose_precision('auto', 'auto', 'cpu', net) == (dtype, True) and choose_precision(
+            'bfloat16', 'auto', 'cpu', net
+        ) == (torch.bfloat16, True)
+
 
 def test_auto_on_a_gpu_asks_for_pixels(monkeypatch):
     "Few pixels are computed before the casts are asked for; a CPU does not mind"
     monkeypatch.setattr(P, 'has_bfloat16', lambda device: True)
     few,many = 256*64*64,128*224*224
-    assert [choose_precision('auto', 'auto', 'cuda', pixels=n)[0] for n in (few,many,None)]==[None,torch.bfloat16,torch.bfloat16]
-    assert choose_precision('auto', 'auto', 'cuda', pixels=few)[1] and choose_precision('bfloat16', 'auto', 'cuda', pixels=few)[0]==torch.bfloat16
+    assert [choose_precision('auto', 'auto', 'cuda', pixels=n)[0] for n in (few, many, None)] == [
+        None,
+        torch.bfloat16,
+        torch.bfloat16,
+    ]
+    assert (
+        choose_precision('auto', 'auto', 'cuda', pixels=few)[1]
+        and choose_precision('bfloat16', 'auto', 'cuda', pixels=few)[0] == torch.bfloat16
+    )
     assert choose_precision('auto', 'auto', 'cpu', pixels=few)[0]==torch.bfloat16
 
 def test_impossible_arguments_are_refused():
-    for kw,text in ((dict(precision='half'), "precision must be 'auto'"), (dict(precision=None), 'precision must be'), (dict(channels_last='yes'), 'channels_last must be')):
+    for kw, text in (
+        (dict(precision='half'), "precision must be 'auto'"),
+        (dict(precision=None), 'precision must be'),
+        (dict(channels_last='yes'), 'channels_last must be'),
+    ):
         with pytest.raises(ValueError, match=text): few(**kw)

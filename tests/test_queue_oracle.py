@@ -14,7 +14,9 @@ class Truncating(FeatureQueue):
     def enqueue(self, z):
         ptr,n = int(self.ptr),min(len(z), self.size-int(self.ptr))
         self.feats[ptr:ptr+n] = z[:n]
-        self.ptr.fill_((ptr+n) % self.size); self.count.fill_(min(self.size, int(self.count)+n))
+        self.ptr.fill_((ptr + n) % self.size)
+        self.count.fill_(min(self.size, int(self.count) + n))
+
 
 class FirstRows(FeatureQueue):
     "Keeps the first instead of the last rows of a batch larger than the queue"
@@ -26,7 +28,8 @@ def follows_deque(queue, batches):
     for bs in batches:
         rows = torch.arange(n, n+bs).float()[:,None].expand(-1, 2)
         n += bs
-        queue.enqueue(rows); want.extend(rows[:,0].tolist())
+        queue.enqueue(rows)
+        want.extend(rows[:, 0].tolist())
         if queue.in_order[:,0].tolist()!=list(want) or int(queue.count)!=len(want): return False
         if sorted(queue.filled[:,0].tolist())!=sorted(want): return False
     return True

@@ -1,4 +1,6 @@
-"""The repository agrees with itself. Every check is a function of plain data, shown to flag a wrong input before it is trusted."""
+"""The repository agrees with itself. Every check is a function of plain data, shown to flag a wrong input before it
+is trusted."""
+
 import ast, importlib, inspect, json, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -16,15 +18,26 @@ ini.read(root/'settings.ini', encoding='utf-8')
 settings = dict(ini['DEFAULT'])
 lib = settings['lib_name']
 notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-sources = {p.stem: p.read_text(encoding='utf-8') for p in (root/lib).glob('*.py') if p.stem not in ('__init__', 'all', '_modidx')}
-for m in sources: importlib.import_module(f'{lib}.{m}')  # before a test makes a `DataBlock`: fastai then changes the signature of `DataBlock.dataloaders`
+sources = {
+    p.stem: p.read_text(encoding='utf-8')
+    for p in (root / lib).glob('*.py')
+    if p.stem not in ('__init__', 'all', '_modidx')
+}
+for m in sources:
+    importlib.import_module(
+        f'{lib}.{m}'
+    )  # before a test makes a `DataBlock`: fastai then changes the signature of `DataBlock.dataloaders`
 
 
 def exported_modules():
     "Modules in the order of their notebooks' numbers"
     mods = []
     for p in notebooks:
-        code = ''.join(''.join(c['source'])+'\n' for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code')
+        code = ''.join(
+            ''.join(c['source']) + '\n'
+            for c in json.loads(p.read_text(encoding='utf-8'))['cells']
+            if c['cell_type'] == 'code'
+        )
         mods += re.findall(r'^#\|\s*default_exp\s+(\S+)', code, flags=re.M)
     return mods
 
@@ -37,7 +50,8 @@ def disagreements(settings, pyproject):
     project,wrong = pyproject['project'],[]
     if 'version' in settings: wrong.append('version')
     if project['name'] != settings['lib_name']: wrong.append('name')
-    if extra := project.keys() - {'name', 'urls', 'dynamic', 'license-files'}: wrong.append(f'said twice: {sorted(extra)}')
+    if extra := project.keys() - {'name', 'urls', 'dynamic', 'license-files'}:
+        wrong.append(f'said twice: {sorted(extra)}')
     if req_names(settings['requirements'].split()) != core: wrong.append('requirements')
     return wrong
 
@@ -70,7 +84,13 @@ def upward_imports(order, sources):
 def test_imports_only_from_above():
     assert upward_imports(exported_modules(), sources) == []
 
-    for bad in ('from .b import f', 'def f(): from . import b', f'import {lib}.b', f'from {lib}.b import *', 'from .all import *'):
+    for bad in (
+        'from .b import f',
+        'def f(): from . import b',
+        f'import {lib}.b',
+        f'from {lib}.b import *',
+        'from .all import *',
+    ):
         assert len(upward_imports(['a', 'b'], {'a': bad, 'b': 'import torch'})) == 1, bad
     assert upward_imports(['a', 'b'], {'a': 'import torch', 'b': 'from .a import f'}) == []
 
@@ -99,7 +119,10 @@ def undocumented(sym):
     if inspect.isclass(sym):
         if '__init__' not in vars(sym): return []
         sym = sym.__init__
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD  # docments does not read comments of these
+    variadic = (
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    )  # docments does not read comments of these
     return [p for p,d in docments(sym, full=True).items()
             if p not in ('self', 'return') and d['kind'] not in variadic and not d['docment']]
 
@@ -138,14 +161,23 @@ def foreign(names):
 
 def wheel(source, folder):
     "Build one and open it"
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', folder, source], check=True)
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', folder, source],
+        check=True,
+    )
     return zipfile.ZipFile(next(folder.glob('*.whl')))
 
 def test_wheel_and_the_one_from_the_sdist_hold_only_the_package(tmp_path):
     # a copy: building in place leaves build/, whose stale files would go into the next wheel
-    tree = shutil.copytree(root, tmp_path/'tree', ignore=shutil.ignore_patterns('.*', 'build', 'dist', '*.egg-info', 'demo*', 'benchmarks'))
+    tree = shutil.copytree(
+        root,
+        tmp_path / 'tree',
+        ignore=shutil.ignore_patterns('.*', 'build', 'dist', '*.egg-info', 'demo*', 'benchmarks'),
+    )
     sdist = 'from setuptools.build_meta import build_sdist; print(build_sdist("dist"))'
-    name = subprocess.run([sys.executable, '-c', sdist], cwd=tree, check=True, capture_output=True, text=True).stdout.split()[-1]
+    name = subprocess.run(
+        [sys.executable, '-c', sdist], cwd=tree, check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
     with wheel(tree, tmp_path) as whl, wheel(tree/'dist'/name, tmp_path/'again') as again:
         assert foreign(whl.namelist()) == []
         assert {f'{lib}/{m}.py' for m in sources} <= set(whl.namelist())
@@ -161,7 +193,11 @@ def test_wheel_and_the_one_from_the_sdist_hold_only_the_package(tmp_path):
 
 def named_tests(text): return set(re.findall(r'`(test_\w+::test_\w+)`', text))
 
-def existing_tests(files): return {f'{name}::{t}' for name,source in files.items() for t in re.findall(r'^def (test_\w+)', source, flags=re.M)}
+def existing_tests(files):
+    return {
+        f'{name}::{t}' for name, source in files.items() for t in re.findall(r'^def (test_\w+)', source, flags=re.M)
+    }
+
 
 def unspoken_defects(text, n=38): return [f'D{i}' for i in range(1, n+1) if not re.search(rf'\bD{i}\b', text)]
 
@@ -174,5 +210,62 @@ def test_what_can_go_wrong_names_tests_that_exist():
     rows = [l for l in text.splitlines() if l.startswith('|') and not l.startswith(('|---', '| what can'))]
     assert [l for l in rows if not named_tests(l)] == []  # no row without a test
 
-    assert named_tests('`test_a::test_b`, `test_c`') - existing_tests({'test_a': 'def test_c(): ...'}) == {'test_a::test_b'}
+    assert named_tests('`test_a::test_b`, `test_c`') - existing_tests({'test_a': 'def test_c(): ...'}) == {
+        'test_a::test_b'
+    }
     assert unspoken_defects('D1, D3 (D12)', n=3) == ['D2']
+
+
+def star(module):
+    "What `from module import *` brings of this package, beside fastai's"
+    names = {}
+    exec(f'from {module} import *', names)
+    theirs = {}
+    exec('from fastai.vision.all import *', theirs)
+    return {k for k, v in names.items() if k not in theirs and getattr(v, '__module__', lib).startswith(lib)} - {
+        '__builtins__'
+    }
+
+
+def test_the_star_brings_what_users_call_and_no_more():
+    names = star(f'{lib}.all')
+    assert {'ressl_learner','ReSSL','Checkpoint','HealthMonitor','cached_dls','recipe','encoder_learner'} <= names
+    assert (
+        names
+        & {'hold', 'render', 'template', 'versions', 'entropy', 'nearest', 'scheduled', 'send', 'spread', 'digest'}
+        == set()
+    )
+    shown = {nm.split('.')[0] for m in sources for nm,_ in public_symbols(importlib.import_module(f'{lib}.{m}'))}
+    values = {'batch_norms','embed','label_rows','precisions','recipes','sign_kinds','stems', lib}
+    assert names - shown - values == set()  # each has an entry in the docs
+
+    assert 'hold' in star(f'{lib}.files')  # control: a module's own star has what others need
+
+
+def long_lines(texts, limit=120):
+    "`name: line` of lines that a person would have to scroll for"
+    return [f'{name}: {i}' for name,text in texts.items() for i,l in enumerate(text.splitlines(), 1) if len(l)>limit]
+
+def private_imports(source):
+    "Private names that a module takes from another of the package"
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+    found = [n for n in found if n.level or (n.module or '').startswith(lib)]
+    return [a.name for n in found for a in n.names if a.name.startswith('_') and not a.name.startswith('__')]
+
+def code_of(notebook):
+    "The code cells, by the name of the notebook and their id"
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    return {f"{notebook.name} {c['id']}": ''.join(c['source']) for c in cells if c['cell_type']=='code'}
+
+def test_lines_are_those_a_person_reads():
+    files = [p for folder in ('tests','benchmarks','tools') for p in (root/folder).rglob('*.py')]
+    texts = {p.name: p.read_text(encoding='utf-8') for p in files}
+    for p in notebooks: texts.update(code_of(p))
+    assert long_lines(texts) == []
+
+    assert long_lines({'a': 'x'*121, 'b': 'x'*120}) == ['a: 1']
+
+def test_no_module_takes_private_names_from_another():
+    assert {m: found for m,source in sources.items() if (found := private_imports(source))} == {}
+
+    assert private_imports('from .a import _b, c\nfrom . import __version__\nfrom torch import _c') == ['_b']

@@ -3,8 +3,9 @@ import random, zipfile
 from functools import partial
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (Callback, CancelFitException, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, L, Learner, MixedPrecision, Normalize,
-    PILImage, ReduceLROnPlateau, SaveModelCallback, SGD, ShortEpochCallback, TerminateOnNaNCallback, load_learner)
+from fastai.vision.all import (Callback, CancelFitException, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
+                               GradientClip, L, Learner, MixedPrecision, Normalize, PILImage, ReduceLROnPlateau,
+                               SaveModelCallback, SGD, ShortEpochCallback, TerminateOnNaNCallback, load_learner)
 from torch import Tensor
 
 from ressl_fastai import recipes, transfer  # learn.fit_warmup_cos, learn.save_encoder
@@ -45,7 +46,8 @@ def test_d11_lr_find_leaves_no_trace_not_even_in_the_random_state(trained):
     before = everything(learn)
     with learn.no_bar(): assert learn.lr_find(num_it=6, show_plot=False).valley>0
     assert unchanged(before, everything(learn))
-    with learn.no_bar(): Learner.lr_find(learn, num_it=6, show_plot=False)  # control: fastai's own changes what comes after
+    with learn.no_bar():
+        Learner.lr_find(learn, num_it=6, show_plot=False)  # control: fastai's own changes what comes after
     assert not unchanged(before, everything(learn)) and same(before[1], state(learn))
 
 def test_training_after_lr_find_is_the_training_without():
@@ -59,7 +61,11 @@ def test_training_after_lr_find_is_the_training_without():
 class CtrlC(Callback):
     "Ctrl-C in the middle of an epoch"
     order = ReSSL.order+2
-    def __init__(self, event, n=3): self.n = n; setattr(self, event, self.press)
+
+    def __init__(self, event, n=3):
+        self.n = n
+        setattr(self, event, self.press)
+
     def press(self):
         if self.training and self.train_iter>=self.n: raise KeyboardInterrupt
 
@@ -80,26 +86,70 @@ def test_ctrl_c_in_mid_epoch(event):
     assert tidy(learn)==was and not torch.is_autocast_enabled('cpu')
     grads = []
     class First(Callback):
-        def before_backward(self): grads.append(max((p.grad.abs().max().item() for p in self.model.parameters() if p.grad is not None), default=0.))
+        def before_backward(self):
+            grads.append(
+                max((p.grad.abs().max().item() for p in self.model.parameters() if p.grad is not None), default=0.0)
+            )
+
     fit(learn, cbs=First())
     assert grads[0]==0. and np.isfinite(learn.recorder.values[-1]).all()
 
 # anything, in any order
 
 actions = dict(
-    fit_one_cycle=lambda l: l.fit_one_cycle(1, 1e-3), fit_flat_cos=lambda l: l.fit_flat_cos(1, 1e-3), fine_tune=lambda l: l.fine_tune(1), lr_find=lambda l: l.lr_find(num_it=6, show_plot=False),
-    fit_warmup_cos=lambda l: l.fit_warmup_cos(1, 1e-3, warmup_epochs=0.5), freeze=lambda l: l.freeze(), unfreeze=lambda l: l.unfreeze(), validate=lambda l: l.validate(),
-    get_preds=lambda l: l.get_preds(), with_loss=lambda l: l.get_preds(with_loss=True), predict=lambda l: l.predict(l.dls.valid_ds[0][0]), summary=lambda l: l.summary(),
-    show_batch=lambda l: l.dls.show_batch(max_n=1), show_views=lambda l: l.show_views(1), save_load=lambda l: (l.save('all'), l.load('all')), export=lambda l: l.export(),
-    to_bf16=lambda l: l.to_bf16(), to_fp32=lambda l: l.to_fp32(), to_channelslast=lambda l: l.to_channelslast(amp_mode='bf16'), to_contiguous=lambda l: l.to_contiguous(),
-    save_encoder=lambda l: l.save_encoder('enc'), embed=lambda l: embed(l), dls=lambda l: setattr(l, 'dls', digits_dls(8, bs=200)))
-callbacks = dict(accumulation=lambda: GradientAccumulation(400), clip=lambda: GradientClip(0.1), save=lambda: SaveModelCallback(), early=lambda: EarlyStoppingCallback(),
-    plateau=lambda: ReduceLROnPlateau(patience=0), csv=lambda: CSVLogger(), nan=lambda: TerminateOnNaNCallback(), short=lambda: ShortEpochCallback(pct=0.3))
-steady = {'validate','get_preds','with_loss','predict','summary','show_batch','show_views','export','save_encoder','embed','lr_find'}
+    fit_one_cycle=lambda l: l.fit_one_cycle(1, 1e-3),
+    fit_flat_cos=lambda l: l.fit_flat_cos(1, 1e-3),
+    fine_tune=lambda l: l.fine_tune(1),
+    lr_find=lambda l: l.lr_find(num_it=6, show_plot=False),
+    fit_warmup_cos=lambda l: l.fit_warmup_cos(1, 1e-3, warmup_epochs=0.5),
+    freeze=lambda l: l.freeze(),
+    unfreeze=lambda l: l.unfreeze(),
+    validate=lambda l: l.validate(),
+    get_preds=lambda l: l.get_preds(),
+    with_loss=lambda l: l.get_preds(with_loss=True),
+    predict=lambda l: l.predict(l.dls.valid_ds[0][0]),
+    summary=lambda l: l.summary(),
+    show_batch=lambda l: l.dls.show_batch(max_n=1),
+    show_views=lambda l: l.show_views(1),
+    save_load=lambda l: (l.save('all'), l.load('all')),
+    export=lambda l: l.export(),
+    to_bf16=lambda l: l.to_bf16(),
+    to_fp32=lambda l: l.to_fp32(),
+    to_channelslast=lambda l: l.to_channelslast(amp_mode='bf16'),
+    to_contiguous=lambda l: l.to_contiguous(),
+    save_encoder=lambda l: l.save_encoder('enc'),
+    embed=lambda l: embed(l),
+    dls=lambda l: setattr(l, 'dls', digits_dls(8, bs=200)),
+)
+callbacks = dict(
+    accumulation=lambda: GradientAccumulation(400),
+    clip=lambda: GradientClip(0.1),
+    save=lambda: SaveModelCallback(),
+    early=lambda: EarlyStoppingCallback(),
+    plateau=lambda: ReduceLROnPlateau(patience=0),
+    csv=lambda: CSVLogger(),
+    nan=lambda: TerminateOnNaNCallback(),
+    short=lambda: ShortEpochCallback(pct=0.3),
+)
+steady = {
+    'validate',
+    'get_preds',
+    'with_loss',
+    'predict',
+    'summary',
+    'show_batch',
+    'show_views',
+    'export',
+    'save_encoder',
+    'embed',
+    'lr_find',
+}
+
 
 @pytest.mark.parametrize('seed', range(3))
 def test_d9_d10_d38_anything_in_any_order(seed, tmp_path):
-    "All of it in a random order: what only looks changes no weight, teacher, queue or pointer; nothing leaves the learner's loss, callbacks or transforms other"
+    """All of it in a random order: what only looks changes no weight, teacher, queue or pointer; nothing leaves the
+    learner's loss, callbacks or transforms other"""
     learn,rng = make(digits_dls(8, bs=200), path=tmp_path, projector_bn=seed%2==0),random.Random(seed)
     todo = list(actions)
     rng.shuffle(todo)
@@ -109,7 +159,9 @@ def test_d9_d10_d38_anything_in_any_order(seed, tmp_path):
         if nm in steady: assert same(before, state(learn)), f'{nm} changed the model, after {todo[:todo.index(nm)]}'
         if not nm.startswith('to_'): assert tidy(learn)==was, f'{nm} left something behind'
     before = state(learn)
-    fit(learn); assert not same(before, state(learn))
+    fit(learn)
+    assert not same(before, state(learn))
+
 
 @pytest.mark.parametrize('nm', callbacks)
 def test_fastai_callbacks(nm, tmp_path):
@@ -129,12 +181,21 @@ def test_freeze_leaves_the_encoder_alone_and_fine_tune_trains_it_slowly():
     learn = few()
     learn.freeze()
     def weights(m): return {k:v.clone() for k,v in m.named_parameters() if v.ndim==4}
-    enc,proj,teacher = weights(learn.model.encoder),learn.model.projector[0].weight.clone(),learn.model.teacher[1][0].weight.clone()
+
+    enc, proj, teacher = (
+        weights(learn.model.encoder),
+        learn.model.projector[0].weight.clone(),
+        learn.model.teacher[1][0].weight.clone(),
+    )
     fit(learn)
     assert same(enc, weights(learn.model.encoder)) and not torch.equal(proj, learn.model.projector[0].weight)
-    assert not torch.equal(teacher, learn.model.teacher[1][0].weight) and not any(p.requires_grad for p in learn.model.teacher.parameters())
+    assert not torch.equal(teacher, learn.model.teacher[1][0].weight) and not any(
+        p.requires_grad for p in learn.model.teacher.parameters()
+    )
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
-    assert not same(enc, weights(learn.model.encoder)) and not any(p.requires_grad for p in learn.model.teacher.parameters())
+    assert not same(enc, weights(learn.model.encoder)) and not any(
+        p.requires_grad for p in learn.model.teacher.parameters()
+    )
     body,heads = (h['lr'] for h in learn.opt.hypers)
     assert body<heads/50
 
@@ -146,11 +207,21 @@ def test_d38_an_exported_learner_embeds_images_and_holds_no_more(tmp_path):
     with learn.no_bar(): want = learn.get_preds()[0]
     learn.export('e.pkl')
     loaded = load_learner(tmp_path/'e.pkl')
-    assert isinstance(loaded, ReSSLLearner) and not hasattr(loaded.model, 'teacher') and not hasattr(loaded.model, 'queue') and loaded.opt is None
+    assert (
+        isinstance(loaded, ReSSLLearner)
+        and not hasattr(loaded.model, 'teacher')
+        and not hasattr(loaded.model, 'queue')
+        and loaded.opt is None
+    )
+
     def size(*modules): return sum(o.numel()*o.element_size() for m in modules for o in m.state_dict().values())
-    with zipfile.ZipFile(tmp_path/'e.pkl') as z: tensors = sum(o.file_size for o in z.infolist() if '/data/' in o.filename)
+
+    with zipfile.ZipFile(tmp_path / 'e.pkl') as z:
+        tensors = sum(o.file_size for o in z.infolist() if '/data/' in o.filename)
     net = learn.model
-    assert 0<=tensors-size(net.encoder, net.projector, net.predictor)<100 and size(net)>2*tensors  # the normalisation's statistics are the rest
+    assert (
+        0 <= tensors - size(net.encoder, net.projector, net.predictor) < 100 and size(net) > 2 * tensors
+    )  # the normalisation's statistics are the rest
     with loaded.no_bar(), learn.no_bar():
         torch.testing.assert_close(loaded.get_preds(dl=learn.dls.valid)[0], want)
         torch.testing.assert_close(loaded.predict(im)[0], want[0], rtol=1e-4, atol=1e-5)
@@ -158,14 +229,18 @@ def test_d38_an_exported_learner_embeds_images_and_holds_no_more(tmp_path):
         torch.testing.assert_close(learn.predict(np.asarray(im))[0], want[0], rtol=1e-4, atol=1e-5)
     clf = loaded.to_vision_learner(digits_dls(8))
     assert torch.equal(get_normalize(clf.dls).mean, get_normalize(learn.dls).mean)
-    with pytest.raises(ValueError, match='only a ressl_learner has a teacher'): loaded.to_vision_learner(digits_dls(8), teacher=True)
+    with pytest.raises(ValueError, match='only a ressl_learner has a teacher'):
+        loaded.to_vision_learner(digits_dls(8), teacher=True)
     fit(learn)  # and the learner itself goes on
 
 def test_show_results_is_refused_in_words():
     with pytest.raises(ValueError, match='embed'): make().show_results()
 
 def test_repr_says_what_it_is():
-    assert repr(make(precision='bfloat16', channels_last=True))=="ReSSLLearner(NoBN for 1 channel, stem standard; 1437 images on cpu; bfloat16, channels last)"
+    assert (
+        repr(make(precision='bfloat16', channels_last=True))
+        == "ReSSLLearner(NoBN for 1 channel, stem standard; 1437 images on cpu; bfloat16, channels last)"
+    )
     assert repr(make(precision='float32', channels_last=False)).endswith('; float32)')
 
 # dls replaced
@@ -176,5 +251,6 @@ def test_d28_replaced_dls_keep_the_normalisation():
     learn.dls = new
     assert torch.equal(get_normalize(new).mean, norm.mean) and learn.dls is new
     fit(learn)
-    with pytest.raises(ValueError, match='was pretrained with Normalize'): learn.dls = digits_dls(8, batch_tfms=Normalize.from_stats([0.9], [0.9], cuda=False))
+    with pytest.raises(ValueError, match='was pretrained with Normalize'):
+        learn.dls = digits_dls(8, batch_tfms=Normalize.from_stats([0.9], [0.9], cuda=False))
     assert learn.dls is new

@@ -1,4 +1,6 @@
-"What a step must not do: wait for the device, copy the queue, or work through images one by one. Counted with torch's profiler, not timed."
+"""What a step must not do: wait for the device, copy the queue, or work through images one by one. Counted with
+torch's profiler, not timed."""
+
 import math
 from contextlib import nullcontext
 
@@ -24,7 +26,9 @@ def net(): return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv
 def same(x): return x
 
 def learner(n=256, views=(same, same), bs=32, queue_size=64):
-    kw = dict(n_hidden=16, dim=8, queue_size=queue_size, metrics=[], guard=False)  # the guard reads a copy that was made without waiting
+    kw = dict(
+        n_hidden=16, dim=8, queue_size=queue_size, metrics=[], guard=False
+    )  # the guard reads a copy that was made without waiting
     return ressl_learner(tensor_dls(x[:n], valid_pct=0, bs=bs), net(), weak_tfms=views[0], strong_tfms=views[1], **kw)
 
 def fit(learn):
@@ -53,11 +57,17 @@ def plain(n):
     return Plain(tensor_dls(x[:n], valid_pct=0, bs=32), net(), loss_func=lambda pred, y: pred.square().mean()+0*y.sum())
 
 def test_a_step_waits_for_the_device_no_more_often_than_fastais_own(monkeypatch):
-    monkeypatch.setattr('ressl_fastai.callback.check_images', same)  # on a CPU, where nothing waits, it looks at every batch
+    monkeypatch.setattr(
+        'ressl_fastai.callback.check_images', same
+    )  # on a CPU, where nothing waits, it looks at every batch
     ours,fastais = counts(learner, *read_back),counts(plain, *read_back)
     assert ours<=fastais
     asked = ReSSL._loss
-    def asking(self, *args): self.full = False; return asked(self, *args)
+
+    def asking(self, *args):
+        self.full = False
+        return asked(self, *args)
+
     monkeypatch.setattr(ReSSL, '_loss', asking)
     assert counts(learner, *read_back)>=ours+1                # control: the fill of the queue, read at each step
 
@@ -124,34 +134,63 @@ def test_on_a_device_a_step_waits_for_nothing_and_three_small_copies_go_there(ba
 
 def test_on_a_device_larger_images_are_sent_with_each_batch():
     for to,waits,mixed,_ in on_device(kept=False):
-        assert waits==mixed==[] and len(to)==4 and all(later for *_,later in to) and ((32,3,12,12), torch.uint8, True) in to
+        assert (
+            waits == mixed == []
+            and len(to) == 4
+            and all(later for *_, later in to)
+            and ((32, 3, 12, 12), torch.uint8, True) in to
+        )
+
 
 def test_on_a_device_batches_of_files_are_sent_without_waiting(tmp_path, monkeypatch):
     for i in range(128): Image.fromarray(x[i]).save(tmp_path/f'{i}.png')
     def steps():
         with replaced() as device:
-            dls = ImageDataLoaders.from_path_func(tmp_path, sorted(tmp_path.glob('*.png')), lambda f: int(f.stem)%2, valid_pct=0, bs=16, num_workers=0, device=torch.device('meta'))
-            learn,steps = ressl_learner(dls, net(), n_hidden=16, dim=8, queue_size=64, metrics=[], guard=False),Steps(device)
+            dls = ImageDataLoaders.from_path_func(
+                tmp_path,
+                sorted(tmp_path.glob('*.png')),
+                lambda f: int(f.stem) % 2,
+                valid_pct=0,
+                bs=16,
+                num_workers=0,
+                device=torch.device('meta'),
+            )
+            learn, steps = (
+                ressl_learner(dls, net(), n_hidden=16, dim=8, queue_size=64, metrics=[], guard=False),
+                Steps(device),
+            )
             with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=steps)
             assert len(steps.seen)==6 and dls.train.device.type=='meta'
         return steps.seen
-    for to,waits,mixed,_ in steps(): assert waits==mixed==[] and len(to)==4 and all(later for *_,later in to)  # images, targets, two views
+
+    for to, waits, mixed, _ in steps():
+        assert waits == mixed == [] and len(to) == 4 and all(later for *_, later in to)  # images, targets, two views
     monkeypatch.setattr('ressl_fastai.callback._send_without_waiting', lambda dl: None)
     assert all(sum(not later for *_,later in to)==2 for to,*_ in steps())  # control
 
 @pytest.mark.parametrize('src,size', [(12,12), (12,8), (12,(8,10))])
 def test_on_a_device_views_of_any_size_wait_for_nothing(src, size, monkeypatch):
-    for most in (512,8):                                               # weights that are looked up, and such that are made there
-        if most==8: monkeypatch.setattr('ressl_fastai.views._look_up', lambda start, length, flipped, n, size, k=None: resize_taps(start, length, size, flipped, k))
-        for to,waits,mixed,_ in on_device(views=(weak_tfms(size), multi_crop_tfms(12)[:2] if size==12 else strong_tfms(size))):
+    for most in (512, 8):  # weights that are looked up, and such that are made there
+        if most == 8:
+            monkeypatch.setattr(
+                'ressl_fastai.views._look_up',
+                lambda start, length, flipped, n, size, k=None: resize_taps(start, length, size, flipped, k),
+            )
+        for to, waits, mixed, _ in on_device(
+            views=(weak_tfms(size), multi_crop_tfms(12)[:2] if size == 12 else strong_tfms(size))
+        ):
             assert waits==mixed==[] and len(to)==3+(size==12)
 
 def test_what_waits_or_copies_is_found(monkeypatch):
-    "Controls: the loss read by the recorder, constants that are sent each time, numbers that are read where they were sent"
+    """Controls: the loss read by the recorder, constants that are sent each time, numbers that are read where they
+    were sent"""
     monkeypatch.setattr(ReSSL, 'after_batch', lambda self: None)
     assert all(len(waits)==1 for _,waits,_,_ in on_device())
     monkeypatch.undo()
-    monkeypatch.setattr('ressl_fastai.views._constants', lambda device: [o.to(device) for o in (views._luma, views._gray, views._chroma)])
+    monkeypatch.setattr(
+        'ressl_fastai.views._constants',
+        lambda device: [o.to(device) for o in (views._luma, views._gray, views._chroma)],
+    )
     assert all(len(to)==6 and sum(not later for *_,later in to)==3 for to,*_ in on_device())
     monkeypatch.undo()
     taps = views.blur_taps

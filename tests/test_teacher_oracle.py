@@ -16,7 +16,8 @@ def follow(update, momentum=0.9, steps=20):
     averaged.update_parameters(student)  # its first call only copies
     for _ in range(steps):
         with torch.no_grad(): [p.add_(0.1*torch.randn_like(p)) for p in student.parameters()]
-        update(teacher, student, momentum); averaged.update_parameters(student)
+        update(teacher, student, momentum)
+        averaged.update_parameters(student)
     return [torch.cat([p.flatten() for p in m.parameters()]) for m in (teacher, averaged)]
 
 # each of 20 steps rounds to 2**-24 of values of about 1
@@ -25,12 +26,17 @@ tol = dict(rtol=1e-5, atol=20*2**-24)
 def test_is_the_moving_average(): torch.testing.assert_close(*follow(update_teacher), **tol)
 
 def test_wrong_averages_are_caught():
-    for wrong in (lambda t,s,m: update_teacher(t, s, 1-m), lambda t,s,m: None, lambda t,s,m: update_teacher(t, s, 0.99)):
-        got,want = follow(wrong)
+    for wrong in (
+        lambda t, s, m: update_teacher(t, s, 1 - m),
+        lambda t, s, m: None,
+        lambda t, s, m: update_teacher(t, s, 0.99),
+    ):
+        got, want = follow(wrong)
         assert not torch.allclose(got, want, **tol)
 
 def test_happens_in_place():
-    student = net(); teacher = make_teacher(student)
+    student = net()
+    teacher = make_teacher(student)
     ptrs = [p.data_ptr() for p in teacher.parameters()]
     update_teacher(teacher, student, 0.5)
     assert ptrs==[p.data_ptr() for p in teacher.parameters()]

@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from ressl_fastai.data import digits_dls, tensor_dls
-from ressl_fastai.evaluate import embed, fit_logistic, linear_probe
-from ressl_fastai.label_efficiency import draw_labels, label_efficiency, labelled_part
+from ressl_fastai.evaluate import embed, fit_logistic
+from ressl_fastai.label_efficiency import draw_labels, labelled_part
 from ressl_fastai.models import ReSSLModel, small_resnet
 from ressl_fastai.transfer import encoder_learner
 from test_training import fit, make, same, state
@@ -52,8 +52,17 @@ def by_hand(learn, dls, teacher=False, C=None):
 
 # the same predictions
 
-@pytest.mark.parametrize('kw', [dict(), dict(classes=(3,8), vocab=(3,8)), dict(classes=(0,1,2,3,4,5,6,7)),
-                                dict(classes=(4,9)), dict(per_class=20, bs=16)], ids=['ten','two','two_missing','two_of_ten','many'])
+@pytest.mark.parametrize(
+    'kw',
+    [
+        dict(),
+        dict(classes=(3, 8), vocab=(3, 8)),
+        dict(classes=(0, 1, 2, 3, 4, 5, 6, 7)),
+        dict(classes=(4, 9)),
+        dict(per_class=20, bs=16),
+    ],
+    ids=['ten', 'two', 'two_missing', 'two_of_ten', 'many'],
+)
 @pytest.mark.parametrize('teacher', [False, True])
 def test_predictions_are_scikit_learns(learn, kw, teacher):
     dls = few(**kw)
@@ -74,10 +83,10 @@ def test_one_label_per_class_has_nothing_to_choose_a_penalty_with(learn):
 
 def test_one_accuracy_for_one_encoder(learn):
     dls = digits_dls(8, bs=64)
-    row = label_efficiency(learn, dls, 5, seeds=(3,), rows=('frozen features',)).iloc[0]
+    row = learn.label_efficiency(dls, 5, seeds=(3,), rows=('frozen features',)).iloc[0]
     part = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=3))
     got = learn.to_classifier(part, metrics=accuracy).validate()[1]
-    assert got==pytest.approx(linear_probe(learn, part.train, part.valid)['top1'])==pytest.approx(row.accuracy)
+    assert got==pytest.approx(learn.linear_probe(part.train, part.valid)['top1'])==pytest.approx(row.accuracy)
     other = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=4))
     assert got!=pytest.approx(learn.to_classifier(other, metrics=accuracy).validate()[1])  # control
 
@@ -163,8 +172,11 @@ def test_from_a_file(tmp_path, learn):
 
 several = np.array([[str(o)] for o in y], dtype=object)
 
-@pytest.mark.parametrize('block,labels', [(RegressionBlock, y.astype(float)), (MultiCategoryBlock, several), (None, None)],
-                         ids=['numbers','several','none'])
+@pytest.mark.parametrize(
+    'block,labels',
+    [(RegressionBlock, y.astype(float)), (MultiCategoryBlock, several), (None, None)],
+    ids=['numbers', 'several', 'none'],
+)
 def test_other_targets_are_refused_before_anything_is_computed(learn, monkeypatch, block, labels):
     monkeypatch.setattr('ressl_fastai.transfer.embed', lambda *args: pytest.fail('images were embedded'))
     dls = tensor_dls(ims, labels, y_block=block, valid_idx=range(100))
@@ -183,7 +195,12 @@ def test_a_path_to_an_encoder_file_is_taken_as_it_is_given(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     learn,other = (make(digits_dls(size=8), small_resnet, queue_size=32) for _ in range(2))
     for o in (learn,other): o.path = tmp_path
-    def same(): return all(torch.equal(a, b) for a,b in zip(learn.model.encoder.parameters(), other.model.encoder.parameters()))
+
+    def same():
+        return all(
+            torch.equal(a, b) for a, b in zip(learn.model.encoder.parameters(), other.model.encoder.parameters())
+        )
+
     learn.save_encoder('encoder')
     for file in ('encoder', 'models/encoder', 'models/encoder.pth', tmp_path/'models'/'encoder'):
         with torch.no_grad(): next(other.model.encoder.parameters()).add_(1)

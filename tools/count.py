@@ -1,7 +1,9 @@
-"""What the package looks like from outside: sizes of modules and functions, lengths of lines, names that are private and where they are used.
+"""What the package looks like from outside: sizes of modules and functions, lengths of lines, names that are private
+and where they are used.
 
-    python tools/count.py [TREE ...]    # default: this one; a worktree of another commit to compare with
+python tools/count.py [TREE ...]    # default: this one; a worktree of another commit to compare with
 """
+
 import ast, re, statistics, sys
 from pathlib import Path
 
@@ -47,10 +49,15 @@ def report(tree):
     lines = [l for source in modules.values() for l in source.splitlines()]
     lengths = [n for source in modules.values() for n in function_lengths(source)]
     taken = sum(len(private_imports(source)) for source in modules.values())
-    print(f"{len(modules)} modules, {len(lines)} lines, "
-          f"{sum(len(l)>100 for l in lines)/len(lines):.1%} over 100, {sum(len(l)>120 for l in lines)/len(lines):.1%} over 120; "
-          f"{len(lengths)} functions of {statistics.median(lengths):.0f} lines (median), {percentile(lengths, 0.9)} (90 %), "
-          f"{max(lengths)} (largest); {taken} private names from other modules\n")
+    print(
+        f"{len(modules)} modules, {len(lines)} lines, "
+        f"{sum(len(l) > 100 for l in lines) / len(lines):.1%} over 100, "
+        f"{sum(len(l) > 120 for l in lines) / len(lines):.1%} over 120; "
+        f"{len(lengths)} functions of {statistics.median(lengths):.0f} lines (median), "
+        f"{percentile(lengths, 0.9)} (90 %), "
+        f"{max(lengths)} (largest); {taken} private names from other modules\n"
+    )
+
 
 if __name__=='__main__':
     for tree in sys.argv[1:] or [Path(__file__).resolve().parent.parent]: report(tree)

@@ -1,5 +1,7 @@
-"""README.md from nbs/index.ipynb, and the results in benchmarks/README.md from nbs/explanations/how_fast.ipynb, without Quarto: nbconvert writes the Markdown,
+"""README.md from nbs/index.ipynb, and the results in benchmarks/README.md from nbs/explanations/how_fast.ipynb,
+without Quarto: nbconvert writes the Markdown,
 pictures go to README_files/ beside it."""
+
 import re
 from pathlib import Path
 
@@ -9,28 +11,41 @@ from nbdev.config import get_config, nbpath2html
 
 
 def markdown(root, path, folder, keep):
-    "The cells of a notebook that `keep`, as Markdown for a file in `folder`, and {path relative to `root`: bytes} of its pictures"
+    """The cells of a notebook that `keep`, as Markdown for a file in `folder`, and {path relative to `root`: bytes}
+    of its pictures"""
     nb = nbformat.read(Path(root)/path, as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\b', c.source) and keep(c)]
     nb.metadata['language_info'] = {'name': 'python'}  # nbdev-clean takes it away; without it code is not highlighted
-    md,res = MarkdownExporter().from_notebook_node(nb, resources={'output_files_dir': 'README_files', 'unique_key': Path(path).stem})
+    md, res = MarkdownExporter().from_notebook_node(
+        nb, resources={'output_files_dir': 'README_files', 'unique_key': Path(path).stem}
+    )
     doc_url = get_config(root).doc_url
     md = re.sub(r'\]\((?!https?:)([^)#]+\.ipynb)', lambda m: f"]({doc_url}{nbpath2html(m[1]).as_posix()}", md)
     md = md.replace('```python\n\n```', '')  # cells that show only what they give
     md = re.sub(r'<style.*?</style>', '', md, flags=re.S)  # of tables; GitHub would show it as text
     md = re.sub(r'(<div>\s*)?<table.*?</table>(\s*</div>)?', pipes, md, flags=re.S)
-    return re.sub(r'\n([ \t]*\n){2,}', '\n\n', md).strip()+'\n',{(Path(folder)/k).as_posix():v for k,v in res.get('outputs', {}).items()}
+    return re.sub(r'\n([ \t]*\n){2,}', '\n\n', md).strip() + '\n', {
+        (Path(folder) / k).as_posix(): v for k, v in res.get('outputs', {}).items()
+    }
 
 
 def pipes(table):
     "A match of an HTML table as a Markdown one"
-    rows = [[re.sub('<[^>]*>', '', c).strip() for c in re.findall(r'<t[hd].*?</t[hd]>', r, flags=re.S)] for r in re.findall(r'<tr.*?</tr>', table[0], flags=re.S)]
+    rows = [
+        [re.sub('<[^>]*>', '', c).strip() for c in re.findall(r'<t[hd].*?</t[hd]>', r, flags=re.S)]
+        for r in re.findall(r'<tr.*?</tr>', table[0], flags=re.S)
+    ]
     return '\n'+'\n'.join(f"| {' | '.join(r)} |" for r in [rows[0], ['---']*len(rows[0]), *rows[1:]])+'\n'
 
 
 def shown(c):
     "Code as it is, without its directives, or not at all where they say so"
-    if c.cell_type=='code': c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M) if not re.search(r'^#\|\s*echo:\s*false', c.source, flags=re.M) else ''
+    if c.cell_type == 'code':
+        c.source = (
+            re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+            if not re.search(r'^#\|\s*echo:\s*false', c.source, flags=re.M)
+            else ''
+        )
     return True
 
 
@@ -51,7 +66,12 @@ def render(root):
     note = '<!-- made from nbs/{} by tools/readme.py: edit the notebook -->\n\n'
     mark = note.format('explanations/how_fast.ipynb')
     by_hand = (Path(root)/'benchmarks'/'README.md').read_text().split(mark)[0].rstrip()+'\n\n'
-    return {'README.md': (note.format('index.ipynb')+top).encode(), 'benchmarks/README.md': (by_hand+mark+latest).encode(), **pictures, **plots}
+    return {
+        'README.md': (note.format('index.ipynb') + top).encode(),
+        'benchmarks/README.md': (by_hand + mark + latest).encode(),
+        **pictures,
+        **plots,
+    }
 
 
 def write_readme(root):

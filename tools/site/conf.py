@@ -1,0 +1,17 @@
+"Sphinx's settings for the site; copied beside the pages by build.py"
+project = html_title = 'ressl_fastai'
+author = 'ressl_fastai contributors'
+extensions = ['myst_nb', 'sphinx_copybutton']
+nb_execution_mode = 'off'  # outputs are those of the notebooks
+nb_render_markdown_format = 'gfm'
+myst_enable_extensions = ['dollarmath']
+myst_all_links_external = True  # links were resolved before; check.py tries them all
+suppress_warnings = ['myst.header', 'myst.xref_missing']
+html_theme = 'furo'
+html_static_path,html_css_files = ['_static'],['site.css']
+html_extra_path,exclude_patterns = ['_extra'],['_extra']
+html_favicon = html_logo = '_static/logo.svg'
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = dict(source_repository='https://github.com/ressl-fastai/ressl_fastai', source_branch='main',
+                          source_directory='nbs/')
