@@ -266,10 +266,12 @@ def _before_long(learn, size, epochs, bs):
     each = _image_seconds(learn.model, n_in, size, bs, learn.precision.dtype)
     if each*n_images*epochs<=_long: return None
     text = f"{epochs} epochs will take about {_duration(each*n_images*epochs)} on this machine without a GPU"
-    fits = []
+    fits,most = [],0
     for flags,seconds in chain([('', each)], _smaller(n_in, size, bs)):
-        if n := min(epochs, int(_long/(seconds*n_images))): fits.append(f'{flags} --epochs={n}'.strip())
-        if n>=min(20, epochs): break
+        n = min(epochs, int(_long/(seconds*n_images)))
+        if n>most: fits.append(f'{flags} --epochs={n}'.strip())
+        most = max(n, most)
+        if most>=min(20, epochs): break
     if not fits: return f"{text}; 15 minutes are not enough for one epoch of {n_images} images"
     return f"{text}; 15 minutes are enough for {' or '.join(fits)}"
 

@@ -122,6 +122,9 @@ def test_what_fits_fifteen_minutes(seconds):
     seconds.update({('resnet18',64):2., ('small_resnet',64):0.2})
     assert said(400)==('400 epochs will take about 13 days on this machine without a GPU; 15 minutes are enough for '
                        '--arch=small_resnet --epochs=3 or --arch=small_resnet --size=32 --epochs=319')
+    seconds.update({('resnet18',64):0.1, ('small_resnet',64):0.11})          # a set-up that is no cheaper is not named
+    assert said(400).endswith('enough for --epochs=6 or --arch=small_resnet --size=32 --epochs=319')
+    seconds['resnet18',64] = 2.
     seconds.update({('small_resnet',64):2., ('small_resnet',32):2.})
     assert said(100).endswith('; 15 minutes are not enough for one epoch of 1408 images')
 
