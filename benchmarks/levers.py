@@ -104,7 +104,8 @@ def levers():
         'a second crop of 20': dict(strong_tfms=[strong(size), strong(20, (0.05,0.4))]),
     }
 
-papers = ['InfoNCE first fifth','InfoNCE alone','predictor','predictor, InfoNCE first fifth','teacher sees strong views']
+papers = ['InfoNCE first fifth','InfoNCE alone','predictor','predictor, InfoNCE first fifth',
+          'teacher sees strong views']
 
 # in a worker
 
@@ -220,26 +221,32 @@ def main():
     p.add_argument('--seconds', type=float, default=450)
     p.add_argument('--workers', type=int, default=10)
     p.add_argument('--images', type=int, default=n_images)
-    p.add_argument('--only', help="names of levers, with ';' between; seed 0 alone")
+    p.add_argument('--only', help="names of levers, with ';' between: these and no more")
+    p.add_argument('--sets', default='emoji,tiles', help="for --only")
+    p.add_argument('--seeds', default='0', help="for --only")
     args = p.parse_args()
     if args.prepare: return prepare(args.prepare)
     args.start = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
-    sets,names = ['emoji','tiles'],args.only.split(';') if args.only else list(levers())
+    sets,names = ['emoji','tiles'],list(levers())
     def jobs(cases, seeds, sets=sets, images=args.images):
         return [(s, nm, parts, i, images) for i in seeds for nm,parts in cases for s in sets]
     pool = Pool(args)
-    if not pool.do(jobs([(nm,[nm]) for nm in names], [0])) or args.only: return
+    if args.only:
+        seeds = [int(o) for o in args.seeds.split(',')]
+        return pool.do(jobs([(nm,[nm]) for nm in args.only.split(';')], seeds, args.sets.split(',')))
+    if not pool.do(jobs([(nm,[nm]) for nm in names], [0])): return
     first = {nm:gain(pool.found, nm, sets, [0]) for nm in names}
     paid = sorted((o for o in names if first[o][0]>-0.005 and first[o][1]>0.005), key=lambda o: -first[o][1])[:8]
     print('paid with one seed:', {o:first[o] for o in paid}, flush=True)
     again = list(dict.fromkeys(['plain']+paid+papers))
     if not pool.do(jobs([(nm,[nm]) for nm in again], [1,2])): return
     three = {nm:gain(pool.found, nm, sets, [0,1,2]) for nm in again}
-    best = sorted((o for o in again if three[o][0]>0 and o!='plain'), key=lambda o: -three[o][1])[:4]
+    best,known = [],levers()
+    for nm in sorted((o for o in again if three[o][0]>0 and o!='plain'), key=lambda o: -three[o][1]):
+        if not any(known[nm].keys() & known[o].keys() for o in best): best.append(nm)  # the best of each kind
     print('paid with three seeds:', {o:three[o] for o in best}, flush=True)
-    # each after what is better than it, so that of two levers for the same thing the better one stays
-    combos = [(' + '.join(best[:n]), best[:n][::-1]) for n in range(2, len(best)+1)]
+    combos = [(' + '.join(best[:n]), best[:n]) for n in range(2, min(4, len(best))+1)]
     if not pool.do(jobs(combos, [0,1,2])): return
     if not pool.do(jobs([('plain',['plain'])] + [(o,[o]) for o in best[:1]] + combos, [0,1,2], ['fashion'])): return
     pool.do(jobs([('plain, 4 x', ['plain'])] + [(f'{nm}, 4 x', parts) for nm,parts in combos],
