@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
+from helpers import fit, make
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy
 from ressl_fastai.label_efficiency import labelled_part
-from test_training import fit, make
 
 def few(n=200, **kwargs): return make(labelled_part(digits_dls(8, bs=32), range(n)), queue_size=64, **kwargs)
 

@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, timm, torch, torchvision.models as tv
 from fastai.learner import load_learner
 from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, EarlyStoppingCallback, ImageBlock,
     PILImage, PILImageBW, RandomSplitter, ReduceLROnPlateau, Resize, SaveModelCallback, get_image_files)
+from helpers import quiet
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn, Tensor
@@ -15,12 +16,9 @@ from ressl_fastai.evaluate import KNNAccuracy, embed
 import ressl_fastai.curate
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
-from ressl_fastai.views import RandomView, multi_crop_tfms, strong_tfms, weak_tfms
+from ressl_fastai.views import multi_crop_tfms, strong_tfms, weak_tfms
 
 net,small = partial(small_resnet, widen=0.125),dict(queue_size=8, n_hidden=16, dim=8)
-
-def quiet(learn, f, *args, **kwargs):
-    with learn.no_bar(), learn.no_logging(): return f(*args, **kwargs)
 
 def parity(f): return int(f.stem)%2
 

@@ -2,7 +2,6 @@
 import random, sys, types
 
 import matplotlib, numpy as np, pandas as pd, pytest, torch
-matplotlib.use('agg')
 from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, ImageBlock, ImageDataLoaders,
                                IndexSplitter, Learner, MultiCategoryBlock, Normalize, PILImage, RandomSplitter,
                                RegressionBlock, Resize, TensorImage, TfmdDL, get_image_files, noop)
@@ -16,11 +15,6 @@ from ressl_fastai.evaluate import embed
 from ressl_fastai.interpret import nearest
 from ressl_fastai.loaders import clean_dl, subset
 from ressl_fastai.models import Encoder
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
 
 @pytest.fixture(scope='module')
 def learn(tmp_path_factory): return trained(tmp_path_factory.mktemp('learn'))

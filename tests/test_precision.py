@@ -5,14 +5,14 @@ from functools import partial
 import numpy as np, pytest, torch, torchvision.models as tv
 from fastai.callback.fp16 import AMPMode
 from fastai.vision.all import Callback, MixedPrecision, SGD
+from helpers import fit, make, state
 
 from ressl_fastai import precision as P
 from ressl_fastai.callback import ReSSL
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.models import small_resnet
-from ressl_fastai.precision import DevicePrecision, choose_precision
-from test_training import fit, make, same, state
+from ressl_fastai.precision import choose_precision
 
 resnet = partial(small_resnet, widen=0.125)
 def few(**kwargs): return make(digits_dls(8, bs=256), resnet, **kwargs)
