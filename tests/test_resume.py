@@ -10,7 +10,7 @@ from fastai.vision.all import (Callback, CategoryBlock, CSVLogger, DataBlock, Im
                                IndexSplitter, L, PILImageBW, RandomSplitter, RandomResizedCrop, Resize, Transform,
                                aug_transforms, get_image_files, parent_label, PILImage)
 from PIL import Image
-from crashes import differences, digits, everything, fit, from_folder, small_dls, train
+from crashes import differences, digits, everything, fit, from_folder, of_colour, small_dls, train
 from crashes import make as make_learner
 from helpers import Crash, write_digits
 
