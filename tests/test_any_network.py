@@ -215,7 +215,7 @@ x = torch.ones(60, 8); x[0,0] = 1.001; print(_project(x, 'tsne', 0).shape)
 def test_arrays_of_any_float_are_computed_in_float32(dtype):
     x = (np.random.default_rng(0).integers(0, 255, (24,16,16,3))/255).astype(dtype)
     learn = fit(ressl_learner(image_dls(images=x), net, **small))
-    got,y = embed(learn)
+    got,y = embed(learn, learn.dls.valid)
     assert got.dtype==torch.float32 and np.isfinite(learn.recorder.values).all()
     norm,idxs = get_normalize(learn.dls),list(learn.dls.valid.items)
     want = features(learn.model.encoder, (torch.tensor(x[idxs].astype(np.float32)).permute(0,3,1,2)-norm.mean)/norm.std)

@@ -173,12 +173,12 @@ def test_an_exported_learner_does_what_the_learner_does(folder, tmp_path):
     assert away.find_outliers(3, dl=dl).equals(learn.find_outliers(3, dl=own))
     assert away.suggest_labels(3, dl=dl).equals(learn.suggest_labels(3, dl=own))
     with pytest.raises(ValueError, match='has no teacher'): embed(away, dl, teacher=True)
-    with pytest.raises(ValueError, match='empty'): embed(away)
+    with pytest.raises(ValueError, match='empty'): embed(away, away.dls.valid)
 
 @pytest.mark.parametrize('predictor_layers', [0,2])
 def test_one_embedding_of_an_image(folder, predictor_layers):
     learn = fit(make(folder_dls(folder), predictor_layers=predictor_layers))
-    right = embed(learn, projected=True)[0]
+    right = embed(learn, learn.dls.valid, projected=True)[0]
     with torch.no_grad():
         x,model = learn.dls.valid.one_batch()[0],learn.model.eval()
         assert torch.allclose(model.norm(model.predictor(model.projector(model.encoder(x)))), right[:len(x)], atol=1e-5)
@@ -261,8 +261,8 @@ def test_nothing_held_out(folder, tmp_path, one):
     assert embed(learn, learn.dls.train)[0].shape==(dls.train.n, 64)
     if not one: assert 'no validation images' in learn.report().read_text()
     before = state(learn)
-    for f in (embed, type(learn).linear_probe):
-        with pytest.raises(ValueError, match='the validation set is empty'): f(learn)
+    for f in (lambda: embed(learn, learn.dls.valid), learn.linear_probe):
+        with pytest.raises(ValueError, match='the validation set is empty'): f()
     for cbs in (HealthMonitor(), EarlyStoppingCallback(patience=2), SaveModelCallback()):
         with pytest.raises(ValueError, match='valid'): fit(learn, cbs=cbs)
     with pytest.raises(ValueError, match='empty'): learn.label_efficiency(learn.dls, (1,), seeds=1)
@@ -280,7 +280,7 @@ def test_one_class():
     x,_ = some_images()
     learn = make(tensor_dls(x, np.zeros(16, dtype=int), valid_pct=0.25, bs=4))
     with pytest.raises(ValueError, match='two classes'): learn.linear_probe()
-    assert knn_accuracy(*embed(learn, learn.dls.train), *embed(learn))==1
+    assert knn_accuracy(*embed(learn, learn.dls.train), *embed(learn, learn.dls.valid))==1
 
 @pytest.mark.parametrize('method', ['tsne','pca'])
 def test_equal_features_are_said_before_scikit_learn_is_called(method, monkeypatch):
@@ -314,7 +314,7 @@ def test_float64_arrays():
     for dtype in (np.float32, np.float64):
         learn = make(tensor_dls((x/255).astype(dtype), y, valid_idx=range(4), bs=4))
         assert learn.dls.one_batch()[0].dtype==torch.float32
-        res.append(embed(learn)[0])
+        res.append(embed(learn, learn.dls.valid)[0])
         assert fit(learn).recorder.values
     assert torch.allclose(*res, atol=1e-4)
 

@@ -70,7 +70,7 @@ def test_exported_learner_gives_features_to_all_that_need_them(tmp_path):
     assert there.suggest_labels(3, dl=dl).equals(learn.suggest_labels(3, dl=ours))
     assert len(there.find_duplicates(dl=dl))==len(learn.find_duplicates(dl=ours))
     there.show_neighbors(2, dl=dl)
-    for f,why in ((lambda: embed(there), r'the validation set is empty: .*test_dl\(files\)'),
+    for f,why in ((lambda: embed(there, there.dls.valid), r'the validation set is empty: .*test_dl\(files\)'),
                   (lambda: embed(there, dl, teacher=True), 'no teacher'),
                   (lambda: there.find_outliers(3), r'dl=learn.dls.test_dl\(files\)')):
         with pytest.raises(ValueError, match=why): f()
@@ -188,7 +188,7 @@ def test_bs_1(tmp_path):
     dls.train.bs = dls.valid.bs = 1
     with pytest.raises(ValueError, match='bs must be at least 2'): make(dls, tmp_path)
     learn = make(dls, tmp_path, projector_bn=False)
-    assert np.isfinite(learn.recorder.values).all() and embed(learn)[0].shape==(3,64)
+    assert np.isfinite(learn.recorder.values).all() and embed(learn, learn.dls.valid)[0].shape==(3,64)
 
 # without validation images
 
@@ -199,7 +199,7 @@ def test_no_validation_set(tmp_path):
     for dls in (alone, DataLoaders(labelled.train, empty)):
         learn = make(dls, tmp_path, metrics=None)
         assert learn.recorder.values[-1][1:]==[None,None] and len(embed(learn, learn.dls.train)[0])==13
-        for f in (lambda: embed(learn), lambda: learn.linear_probe()):
+        for f in (lambda: embed(learn, learn.dls.valid), lambda: learn.linear_probe()):
             with pytest.raises(ValueError, match='the validation set is empty'): f()
         for cb in (EarlyStoppingCallback(), SaveModelCallback('knn_accuracy')):
             with pytest.raises(ValueError, match='needs validation images'): learn.fit(1, cbs=cb)

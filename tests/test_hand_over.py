@@ -103,7 +103,7 @@ def test_body_is_the_encoder(arch, n_in, stem):
             state(clf.model[0]), state(encoders[not teacher][0])
         )  # and a control
         assert body_stem(clf.model[0])==learn.model.encoder.stem!='auto'
-        want,other = embed(learn, teacher=teacher)[0],embed(learn, teacher=not teacher)[0]
+        want,other = (embed(learn, learn.dls.valid, teacher=o)[0] for o in (teacher, not teacher))
         assert close(pooled(clf), want) and not close(pooled(clf), other)
         assert clf.get_preds()[0].shape==(4,2)
     quiet_fit(clf)
@@ -111,7 +111,8 @@ def test_body_is_the_encoder(arch, n_in, stem):
 def test_a_timm_transformer_is_handed_over():
     learn = make('test_vit', size=160)
     clf = learn.to_vision_learner(make_dls(size=160))
-    assert same(state(clf.model[0]), state(learn.model.encoder[0])) and close(pooled(clf), embed(learn)[0])
+    assert same(state(clf.model[0]), state(learn.model.encoder[0]))
+    assert close(pooled(clf), embed(learn, learn.dls.valid)[0])
     before = state(clf.model)
     moved = changed(before, quiet_fit(clf).model)
     assert moved=={k for k in before if k.startswith('1.') or '.norm' in k}  # fastai goes on with layer norms too
@@ -163,7 +164,8 @@ def test_after_bfloat16_training_all_is_float32():
     learn = make(precision='bfloat16', channels_last=True)
     assert learn.precision.dtype==torch.bfloat16
     clf = learn.to_vision_learner(make_dls())
-    assert same(state(clf.model[0]), state(learn.model.encoder[0])) and close(pooled(clf), embed(learn)[0])
+    assert same(state(clf.model[0]), state(learn.model.encoder[0]))
+    assert close(pooled(clf), embed(learn, learn.dls.valid)[0])
     assert {p.dtype for p in clf.model.parameters()} == {torch.float32} and not any(
         isinstance(o, DevicePrecision) for o in clf.cbs
     )
@@ -404,7 +406,8 @@ def test_loaded_stem_is_what_the_optimizer_trains(tmp_path):
     clf = vision_learner(make_dls(size=16), tv.resnet18, pretrained=False, path=tmp_path)
     clf.freeze()
     clf.load_encoder('enc')
-    assert same(state(clf.model[0]), state(pre.model.teacher[0][0])) and close(pooled(clf), embed(pre, teacher=True)[0])
+    assert same(state(clf.model[0]), state(pre.model.teacher[0][0]))
+    assert close(pooled(clf), embed(pre, pre.dls.valid, teacher=True)[0])
     first = clf.model[0][0].weight
     assert not first.requires_grad and clf.opt.frozen_idx==2 and any(first is p for p in clf.opt.param_lists[0])
     before = state(clf.model)

@@ -131,7 +131,8 @@ def test_teacher_and_student_differ_and_features_are_used_again(learn):
     a,b = (learn.find_outliers(dl=learn.dls.valid, teacher=t).score for t in (False,True))
     assert not np.allclose(a, b)
     assert learn.find_outliers(dl=learn.dls.valid, features=embed(learn, learn.dls.valid, teacher=True)).score.equals(b)
-    with pytest.raises(ValueError, match="dl's 140 images, got 60"): learn.find_outliers(features=embed(learn))
+    with pytest.raises(ValueError, match="dl's 140 images, got 60"):
+        learn.find_outliers(features=embed(learn, learn.dls.valid))
 
 def test_frames_are_green_for_the_same_class(learn):
     x,y = embed(learn, learn.dls.valid)

@@ -95,7 +95,7 @@ def test_fine_tuned_and_scratch_differ_only_in_where_they_start(fits, teacher):
 def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
     learn = pretrained()
     df = learn.label_efficiency(learn.dls, 1, seeds=2, rows=('frozen features','raw pixels'))
-    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
+    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn, learn.dls.valid)
     def pixels(dl): return torch.cat([b[0].flatten(1) for b in clean_dl(dl)]).as_subclass(torch.Tensor)
     def by_hand(x, valid_x, seed, scale_by_all):
         idxs = draw_labels(ty, 1, seed=seed)

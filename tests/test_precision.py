@@ -147,10 +147,10 @@ def test_channels_last_in_student_and_teacher(channels_last):
 def test_what_is_measured_is_measured_in_float32():
     "embed, kNN and validation do not depend on the precision of training"
     learn = fit(few(precision='bfloat16'))
-    a,loss = embed(learn)[0],learn.validate()[0]
+    a,loss = embed(learn, learn.dls.valid)[0],learn.validate()[0]
     learn.to_fp32()
-    assert torch.equal(a, embed(learn)[0]) and loss==learn.validate()[0]
-    with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(a, embed(learn)[0])  # control
+    assert torch.equal(a, embed(learn, learn.dls.valid)[0]) and loss==learn.validate()[0]
+    with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(a, embed(learn, learn.dls.valid)[0])  # control
 
 def test_auto_asks_the_processor(monkeypatch):
     has = P.has_bfloat16

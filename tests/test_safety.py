@@ -117,7 +117,7 @@ actions = dict(
     to_channelslast=lambda l: l.to_channelslast(amp_mode='bf16'),
     to_contiguous=lambda l: l.to_contiguous(),
     save_encoder=lambda l: l.save_encoder('enc'),
-    embed=lambda l: embed(l),
+    embed=lambda l: embed(l, l.dls.valid),
     dls=lambda l: setattr(l, 'dls', digits_dls(8, bs=200)),
 )
 callbacks = dict(

@@ -154,10 +154,10 @@ def test_from_a_file(tmp_path, learn):
         want = probabilities(learn.to_classifier(few(), teacher=teacher))
         loaded = encoder_learner(file, dls := few(), arch)
         assert (probabilities(loaded.to_classifier(dls))-want).abs().max()<1e-5
-        embedded = embed(loaded)[0]
+        embedded = embed(loaded, loaded.dls.valid)[0]
         assert isinstance(loaded.model, ReSSLModel) and torch.equal(embedded, embed(learn, dls.valid, teacher)[0])
     untrained = encoder_learner(file, dls, arch, trained=False)
-    assert (embed(untrained)[0]-embedded).abs().max()>1e-2  # control
+    assert (embed(untrained, untrained.dls.valid)[0]-embedded).abs().max()>1e-2  # control
     with pytest.raises(ValueError, match='does not fit'): encoder_learner(file, dls)   # the name does not say the width
 
 # mistakes
