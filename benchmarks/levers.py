@@ -104,7 +104,8 @@ def levers():
         'a second crop of 20': dict(strong_tfms=[strong(size), strong(20, (0.05,0.4))]),
     }
 
-papers = ['InfoNCE first fifth','InfoNCE alone','predictor','predictor, InfoNCE first fifth','teacher sees strong views']
+papers = ['InfoNCE first fifth','InfoNCE alone','predictor','predictor, InfoNCE first fifth',
+          'teacher sees strong views']
 
 # in a worker
 
