@@ -121,6 +121,6 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(opt_func, action):
 
 def test_features_and_neighbours():
     learn = fit(make(np.arange(512)%4, metrics=None))
-    z,y = embed(learn)
+    z,y = embed(learn, learn.dls.valid)
     assert len(z)==102 and np.isfinite(learn.recorder.values[-1][-1])
     assert abs(knn_accuracy(z, y, z, y)-knn_accuracy(*(o.cuda() for o in (z, y, z, y))))<0.02
