@@ -112,7 +112,8 @@ class OnItsWay:
 class ReSSL(Callback):
     "Relational self-supervised learning (2107.09282) of a `ReSSLModel`"
     order,name = MixedPrecision.order-1,'ressl'
-    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full','sent_loss','followed')
+    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full','sent_loss',
+                   'followed')
     def __init__(self,
         weak_tfms, # Callable from a batch of images in [0, 1] to views for the teacher
         strong_tfms, # Likewise for the student, or a list of them: one view of each image from each

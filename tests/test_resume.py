@@ -20,6 +20,7 @@ from ressl_fastai.checkpoint_file import decode, encode
 from ressl_fastai.files import hold
 from ressl_fastai.data import cached_dls, tensor_dls
 from ressl_fastai.fingerprint import data_fingerprint, digest, item_fingerprints
+from ressl_fastai.models import small_resnet
 
 def make(seed=0, dls=None, **kwargs):
     return make_learner(seed, dls, **{**(of_colour if dls else {}), **kwargs})
@@ -497,6 +498,21 @@ def same(a, b):
 def test_ordinary_values_come_back_as_what_they_were(nm, tmp_path):
     torch.save(encode(kinds[nm]), tmp_path/'o.pth')
     assert same(decode(torch.load(tmp_path/'o.pth', weights_only=True)), kinds[nm])
+
+def test_what_a_callback_has_of_the_model_at_hand_is_the_models_after_a_resume_too(tmp_path):
+    """Teacher and student are averaged, and batch norms watched, by lists of the model's own tensors; were these kept
+    as a memory, a fit that goes on would average and watch copies"""
+    seen = []
+    class Look(Callback):
+        order,remembered = 1000,False
+        def after_batch(self):
+            if not self.training: return
+            own = {id(o) for o in (*self.learn.model.parameters(), *self.learn.model.buffers())}
+            lists = *self.learn.ressl.followed,self.learn.guard.statistics
+            seen.append(all(len(o) and all(id(t) in own for t in o) for o in lists))
+    crash(make(arch=partial(small_resnet, widen=0.125)), tmp_path/'run', every=1)
+    fit(make(1, arch=partial(small_resnet, widen=0.125)), n=3, cbs=[Look(), Checkpoint(tmp_path/'run', 1)])
+    assert len(seen)>=3 and all(seen)
 
 def test_the_memory_of_a_callback_is_exact_and_what_cannot_be_kept_is_said(tmp_path, capsys):
     local,loop = collections.namedtuple('Local', 'x'),[]
