@@ -338,7 +338,7 @@ def ressl_pretrain(
     stem:str=None, # First layers: standard, small_pool (3x3 stride 1), small (and no max-pool); by size if not given
     pretrained:bool=False, # Start from the library's weights (a download)
     predictor_layers:int=None, # Linear layers of a predictor after the student's projector; none if not given
-    infonce_epochs:float=None, # Epochs of InfoNCE loss before the relational loss; none if not given
+    infonce_epochs:float=None, # Epochs of InfoNCE loss before the relational loss, 0: none; default: mixed in, ever less
     gray:bool=False, # Images with one channel
     valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid (val, test)
     skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
@@ -394,7 +394,7 @@ def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur
                    **{k:v for k,v in kwargs.items() if k in _limits})
     how.update(gray=gray, skip_bad=skip_bad)
     kwargs = {k:v for k,v in kwargs.items() if v is not None}
-    if infonce_epochs: kwargs['warmup'] = InfoNCEWarmup(infonce_epochs)
+    if infonce_epochs is not None: kwargs['warmup'] = InfoNCEWarmup(infonce_epochs) if infonce_epochs else None
     if recipe is not None:
         scale = None if min_scale is None else (min_scale,1.)
         given = dict(arch=arch, size=size, n_epoch=epochs, bs=bs, lr=lr, scale=scale, flip_p=flip_p, blur_p=blur_p)

@@ -25,7 +25,7 @@ from fastcore.meta import delegates
 
 from . import views
 from .batch_norm import set_batch_norm
-from .callback import InfoNCEWarmup, ReSSL, check_views, resized_views
+from .callback import InfoNCEWarmup, ReSSL, check_views, default_warmup, resized_views
 from .evaluate import KNNAccuracy, embedding_loss
 from .feature_queue import default_queue_size
 from .files import check_writable, make_folder
@@ -200,7 +200,7 @@ def ressl_learner(
     teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1], or a schedule
     student_temp:float=0.1, # Temperature of the student's relation, > 0
     teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0, or a schedule
-    warmup:InfoNCEWarmup=None, # InfoNCE loss at first (2203.08717)
+    warmup:InfoNCEWarmup='auto', # InfoNCE loss at first (2203.08717); 'auto': `default_warmup`; None: relations alone
     queue_size:int=None, # Embeddings in the queue, at most the training images; default: `default_queue_size`
     queue_dtype:torch.dtype=torch.float32, # What the queue stores; `torch.bfloat16` halves its memory
     n_hidden:int=2048, # Hidden width of the projector
@@ -229,6 +229,9 @@ def ressl_learner(
     _check_data(dls, x, queue_size)
     weak_tfms = ifnone(weak_tfms, views.weak_tfms(size))
     strong_tfms = ifnone(strong_tfms, views.strong_tfms(size))
+    if isinstance(warmup, str):
+        if warmup!='auto': raise ValueError(f"warmup must be 'auto', an InfoNCEWarmup or None, got {warmup!r}")
+        warmup = default_warmup
     ressl = ReSSL(weak_tfms, strong_tfms, teacher_momentum, student_temp, teacher_temp, warmup,
                   shuffle=batch_norm=='split')
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers,
