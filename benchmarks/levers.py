@@ -4,9 +4,9 @@
     python -W ignore levers.py --data /tmp/levers --out FOLDER [--seconds 450] [--workers 10] [--images 64000]
 
 One JSON line per training in FOLDER/levers.jsonl. Everything is as `ressl_learner(dls, small_resnet, warmup=None)` has
-it at 32 pixels, with `stem='small_pool'`, but for the lever; all see as many images (64,000 are about 1.6 minutes of the 2
-cores of a small machine). First every lever is tried with one seed. Then the plain set-up and the levers that paid,
-and those that the papers speak of, are run with two more seeds, and last combinations of what paid.
+it at 32 pixels, with `stem='small_pool'`, but for the lever; all see as many images (64,000 take one core of a
+processor with bfloat16 two to three minutes). First every lever is tried with one seed. Then the plain set-up and the
+levers that paid, and those that the papers speak of, are run with two more seeds, and last combinations of what paid.
 
 emoji: pretrained on the pictures of two vendors, without labels; kNN and logistic regression on ten labels per class
 (mean of three draws) learn from Google's and are tested on Twitter's; `same` is how often the nearest of Google's

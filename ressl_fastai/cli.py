@@ -338,7 +338,7 @@ def ressl_pretrain(
     stem:str=None, # First layers: standard, small_pool (3x3 stride 1), small (and no max-pool); by size if not given
     pretrained:bool=False, # Start from the library's weights (a download)
     predictor_layers:int=None, # Linear layers of a predictor after the student's projector; none if not given
-    infonce_epochs:float=None, # Epochs of InfoNCE loss before the relational loss, 0: none; default: mixed in, ever less
+    infonce_epochs:float=None, # Epochs of InfoNCE loss before the relational loss, 0: none; default: ever less of it
     gray:bool=False, # Images with one channel
     valid_pct:float=0.1, # Share of the images held out, unless there are folders train and valid (val, test)
     skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
