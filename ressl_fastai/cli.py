@@ -58,10 +58,11 @@ from . import __version__
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls, encoded_targets, find_data, folder_dls, free_memory
-from .evaluate import (KNNAccuracy, knn_accuracy, linear_accuracy, pixel_features,
-                                   principal_components)
+from .evaluate import (KNNAccuracy, fixed_choice, knn_accuracy, linear_accuracy, many, pixel_features,
+                                   principal_components, together)
 from .files import check_writable, hold, make_folder, to_disk, write_text, write_torch, writing
 from .health import HealthMonitor
+from .interpret import model_device
 from .label_efficiency import plot_labels, summarize_labels
 from .learner import ressl_learner
 from .loaders import first_images, spread, subset
@@ -69,7 +70,7 @@ from .models import ReSSLModel, create_encoder, get_arch, small_resnet
 from .recipes import recipe as make_recipe, recipe_misfits
 from .report import versions
 from .transfer import encoder_learner, read_encoder
-from .views import strong_tfms, weak_tfms
+from .views import full_size, strong_tfms, weak_tfms
 
 # %% ../nbs/40_cli.ipynb #12c00003
 if _loading: print(' '*len(_loading), end='\r', flush=True)
@@ -218,10 +219,12 @@ defaults = dict(arch='resnet18', size=64, epochs=100, bs=64, lr=1e-3, min_scale=
 digits_defaults = dict(defaults, arch='small_resnet', size=16, epochs=15, bs=32, lr=2e-3, min_scale=0.7, flip_p=0.,
                        teacher_momentum=0.97)
 
-_limits = dict(size=(1,8192), epochs=(1,10**6), bs=(2,10**6), lr=(0,100), min_scale=(0,1), queue_size=(1,None),
-               student_temp=(1e-3,1e3), teacher_temp=(1e-3,1e3), predictor_layers=(0,16), infonce_epochs=(0,10**6),
-               valid_pct=(0,1), num_workers=(0,128), seed=(0,2**32-1), seeds=(1,1000), steps=(1,10**6), k=(1,None))
-_above = 'size epochs bs lr min_scale queue_size student_temp teacher_temp valid_pct seeds steps k'.split()
+_limits = dict(size=(1,8192), image_size=(1,8192), epochs=(1,10**6), bs=(2,10**6), lr=(0,100), min_scale=(0,1),
+               queue_size=(1,None), student_temp=(1e-3,1e3), teacher_temp=(1e-3,1e3), predictor_layers=(0,16),
+               infonce_epochs=(0,10**6), valid_pct=(0,1), num_workers=(0,128), seed=(0,2**32-1), seeds=(1,1000),
+               steps=(1,10**6), k=(1,None))
+_above = ('size image_size epochs bs lr min_scale queue_size student_temp teacher_temp valid_pct seeds steps '
+          'k').split()
 
 def _check_numbers(**kwargs):
     "Refuse what no training could work with, by the name of the argument"
@@ -302,7 +305,7 @@ def _embedded(learn, dl):
 def _knn(features, dls):
     "kNN accuracy of what needs no training"
     train,valid = (dl if dl.n<=n else subset(dl, spread(n, dl.n)) for dl,n in zip(dls, _baseline))
-    return knn_accuracy(*features(train), *features(valid))
+    return knn_accuracy(*together([*features(train), *features(valid)], dls.device or 'cpu'))
 
 def _save_curves(history, path):
     "Losses and, if there is one, kNN accuracy by epoch"
@@ -324,7 +327,8 @@ def ressl_pretrain(
     out:str=None, # Folder for the results, ressl-DATA if not given; if it holds something, out-2, out-3, ... is taken
     recipe:str=None, # Published set-up, such as cifar10 or imagenet_plus; what is given beside it replaces its values
     arch:str=None, # torchvision, fastai or timm model; resnet18 if not given, small_resnet for digits
-    size:int=None, # Side of the images in pixels; 64 if not given, 16 for digits
+    size:int=None, # Side of the views in pixels, at which the encoder sees images; 64 if not given, 16 for digits
+    image_size:int=None, # Side of the images views are cut from, whole; as most files, to 2.2 size if not given
     epochs:int=None, # Passes over the images; 100 if not given, 15 for digits
     bs:int=None, # Images in a batch; 64 if not given, 32 for digits
     lr:float=None, # Highest learning rate of the one-cycle schedule; 0.001 if not given, 0.002 for digits
@@ -344,6 +348,7 @@ def ressl_pretrain(
     skip_bad:bool=False, # Leave out images that cannot be read instead of stopping
     num_workers:int=None, # Processes that load images; as many as cores if not given
     seed:int=42, # For weights, views, batches and the choice of held-out images
+    reproducible:bool=False, # The same bits again on a GPU too, which is slower; on a CPU they are the same anyway
     no_report:bool=False, # Leave out report.html, which takes up to a minute
     version:Annotated[str, dict(action='version')]=f'ressl_fastai {__version__}' # Print the version and stop
 ):
@@ -369,45 +374,59 @@ def _digits_dls(size, bs):
     if 2<=size<=512: return digits_dls(size, bs)
     raise ValueError(f"size must be between 2 and 512 for digits, which have 8 pixels, got {size}")
 
-def _dls(data, size, bs, gray, **kwargs):
+def _dls(data, size, bs, gray, max_size=None, **kwargs):
     "`DataLoaders` of what DATA means"
     if data=='digits': return _digits_dls(size, bs)
     if bs*size**2*(1 if gray else 3)*4>_in_batch: raise ValueError(
         f"bs={bs} images of size={size} do not fit into memory as one batch: use a smaller bs or size")
     path = find_data(data)
     _talk(f"looking for images in {path}")
-    return folder_dls(path, size, bs, gray, **kwargs, progress=_at_terminal())
+    return folder_dls(path, size, bs, gray, max_size=max_size, **kwargs, progress=_at_terminal())
 
-def _decoded(dls, size, gray):
+def _decoded(dls):
     "All images in memory if they take no more than 2 GB of it, and a quarter of what is free"
-    n,free = sum(dl.n for dl in dls),free_memory()
     if getattr(dls.train, 'images', None) is not None: return dls
-    if n*size**2*(1 if gray else 3)>min(_in_memory, free//4 if free else _in_memory): return dls
-    _talk(f"decoding {n:,} images to {size} x {size} pixels")
+    n,free,shape = sum(dl.n for dl in dls),free_memory(),first_images(dls, 1)[0].shape[1:]
+    if n*shape.numel()>min(_in_memory, free//4 if free else _in_memory): return dls
+    _talk(f"decoding {n:,} images to {shape[1]} x {shape[2]} pixels")
     return cached_dls(dls, num_workers=dls.train.fake_l.num_workers, progress=_at_terminal())
 
-def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, infonce_epochs, pretrained, gray,
-            valid_pct, skip_bad, num_workers, seed, **kwargs):
+def _to_cut_from(data, size, image_size, bs, full, how):
+    "`DataLoaders` of images of `image_size`, or up to `full` if the files are so large; and that side"
+    if image_size is None: dls = _dls(data, size, bs, max_size=full, **how)
+    elif image_size>=size: dls = _dls(data, image_size, bs, **how)
+    else: raise ValueError(f"image_size must be at least size={size}, the side of the views, got {image_size}")
+    return _decoded(dls),first_images(dls, 1)[0].shape[-1]
+
+def _larger(size, side, full):
+    "What to say of images that are larger than views, None if they are not"
+    why = 'as large as most files are' if side<full else 'so that the smallest crop is no enlargement'
+    if side>size: return (f"views of {size} pixels are cut from whole images of {side} x {side} pixels, {why} "
+                          f"(--image-size={size} needs less memory)")
+
+def _set_up(data, *, recipe, arch, size, image_size, epochs, bs, lr, min_scale, flip_p, blur_p, infonce_epochs,
+            pretrained, gray, reproducible, valid_pct, skip_bad, num_workers, seed, **kwargs):
     "The learner, how to fit it, and what was chosen for it, before anything is trained or written"
     how = dict(valid_pct=valid_pct, num_workers=num_workers, seed=seed)
-    _check_numbers(size=size, epochs=epochs, bs=bs, lr=lr, min_scale=min_scale, infonce_epochs=infonce_epochs, **how,
-                   **{k:v for k,v in kwargs.items() if k in _limits})
+    _check_numbers(size=size, image_size=image_size, epochs=epochs, bs=bs, lr=lr, min_scale=min_scale,
+                   infonce_epochs=infonce_epochs, **how, **{k:v for k,v in kwargs.items() if k in _limits})
     how.update(gray=gray, skip_bad=skip_bad)
     kwargs = {k:v for k,v in kwargs.items() if v is not None}
     if infonce_epochs: kwargs['warmup'] = InfoNCEWarmup(infonce_epochs)
     if recipe is not None:
         scale = None if min_scale is None else (min_scale,1.)
         given = dict(arch=arch, size=size, n_epoch=epochs, bs=bs, lr=lr, scale=scale, flip_p=flip_p, blur_p=blur_p)
-        return _from_recipe(recipe, data, how, pretrained, **given, **kwargs)
+        return _from_recipe(recipe, data, image_size, how, pretrained, reproducible, **given, **kwargs)
     arch,scale = get_arch(arch),(min_scale,1.)
     weak = weak_tfms(size, scale, flip_p=flip_p)
     strong = strong_tfms(size, scale, flip_p=flip_p, blur_p=blur_p)
-    set_seed(seed, reproducible=True)
-    dls = _decoded(_dls(data, size, bs, **how), size, gray)
-    learn = ressl_learner(dls, arch, pretrained=pretrained, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
-    return learn,partial(learn.fit_one_cycle, epochs),{}
+    set_seed(seed, reproducible)
+    dls,side = _to_cut_from(data, size, image_size, bs, full_size(weak, strong), how)
+    tfms = dict(size=size, weak_tfms=weak, strong_tfms=strong)
+    learn = ressl_learner(dls, arch, pretrained=pretrained, **tfms, lr=lr, **kwargs)
+    return learn,partial(learn.fit_one_cycle, epochs),dict(image_size=side)
 
-def _from_recipe(name, data, how, pretrained, **given):
+def _from_recipe(name, data, image_size, how, pretrained, reproducible, **given):
     if bs := given['bs']:  # parts of 32 images, as published
         given['n_splits'] = next(n for n in range(max(1, bs//32), 0, -1) if bs%n==0)
     given = {k:v for k,v in given.items() if v is not None} | (dict(norm_stats=None) if how['gray'] else {})
@@ -415,14 +434,15 @@ def _from_recipe(name, data, how, pretrained, **given):
     except ValueError as e: raise ValueError(str(e).replace('name must be', 'recipe must be', 1)) from e
     if r.n_epoch<=r.warmup_epochs: raise ValueError(
         f"epochs must be more than {r.warmup_epochs}, in which the learning rate of {name} rises, got {r.n_epoch}")
-    set_seed(how['seed'], reproducible=True)
-    dls = _decoded(_dls(data, r.size, r.bs, **how), r.size, how['gray'])
+    set_seed(how['seed'], reproducible)
+    dls,side = _to_cut_from(data, r.size, image_size, r.bs, r.image_size, how)
     if wrong := recipe_misfits(r, dls):
         flags = ' '.join(f'--{k}={v}'.replace('_', '-') for k,(_,v) in wrong.items())
         what = '; '.join(what for what,_ in wrong.values())
         raise ValueError(f"the images do not fit recipe {name}: {what}. They do with {flags}")
     learn = r.learner(dls, pretrained=pretrained)
-    return learn,partial(r.fit, learn),dict(arch=learn.model.encoder.arch, size=r.size, epochs=r.n_epoch, bs=r.bs)
+    return learn,partial(r.fit, learn),dict(arch=learn.model.encoder.arch, size=r.size, image_size=side,
+                                            epochs=r.n_epoch, bs=r.bs)
 
 # %% ../nbs/40_cli.ipynb #b503f8ad
 def _print_row(log):
@@ -455,6 +475,8 @@ def _run(learn, fit, out, config, lock=None, report=True):
     plt.close()
     dls,how,show = learn.dls,f"{config['arch']} at {config['size']} pixels",partial(print, flush=True)
     show(f"{dls.train.n} images for training, {dls.valid.n} held out; {how}; results in {out}/")
+    full = full_size(learn.ressl.weak_tfms, learn.ressl.strong_tfms)
+    if text := _larger(config['size'], config['image_size'], full): show(text)
     if not any(kept.glob('*.pth')):  # a run that is continued is known to be long
         if text := _before_long(learn, config['size'], config['epochs'], config['bs']): show(text)
     labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
@@ -518,6 +540,12 @@ def _label_numbers(text, y):
                                        f"class, {max(ns)} is more than that")
     return ns
 
+def _at_their_size(file, dls, trained=True):
+    "`encoder_learner` that sees the images of `dls` as large as they are"
+    learn = encoder_learner(file, dls, trained=trained)
+    learn.model.view_size = None
+    return learn
+
 def _prepared(encoder, data, size, labels_per_class, protocol, how):
     "Learners with trained and with random weights, before anything long is done"
     file,state,size = _file_and_size(encoder, size)
@@ -529,10 +557,10 @@ def _prepared(encoder, data, size, labels_per_class, protocol, how):
         raise ValueError(f"DATA must have labels, two or more folders named by class, {data} has none")
     labels = _label_numbers(labels_per_class, encoded_targets(dls.train.dataset)[0])
     set_seed(how['seed'])
-    random_learn = encoder_learner(file, dls, trained=False)  # says what is wrong with the file
-    dls = _decoded(dls, size, gray)
+    random_learn = _at_their_size(file, dls, trained=False)  # says what is wrong with the file
+    dls = _decoded(dls)
     random_learn.dls = dls
-    return encoder_learner(file, dls),random_learn,labels,f"{file}: {state['arch']} at {size} pixels"
+    return _at_their_size(file, dls),random_learn,labels,f"{file}: {state['arch']} at {size} pixels"
 
 def _scores(learn, random_learn, k, protocol, seed):
     "kNN and linear accuracy of the encoder and of what it must beat"
@@ -540,9 +568,12 @@ def _scores(learn, random_learn, k, protocol, seed):
     features = {'encoder':partial(_embedded, learn), 'random encoder':partial(_embedded, random_learn),
                 'raw pixels':pixel_features}
     for nm,f in features.items():
+        if nm=='raw pixels' and dls.train.n>many:
+            print(f"raw pixels: of {many:,} of the training images", flush=True)
+            f = lambda dl: pixel_features(dl if dl is dls.valid else subset(dl, fixed_choice(many, dl.n)))
         _talk(f"{nm}: {dls.train.n+dls.valid.n:,} images")
         (train_x,train_y),(x,y) = f(dls.train),f(dls.valid)
-        knn = knn_accuracy(train_x, train_y, x, y, k=k)
+        knn = knn_accuracy(*together([train_x, train_y, x, y], model_device(learn)), k=k)
         if nm=='raw pixels' and x.shape[1]>512: train_x,x = principal_components(train_x, x)
         linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
         res.append(dict(features=nm, knn=knn, linear_top1=linear['top1'], linear_top5=linear['top5']))
@@ -646,7 +677,7 @@ def _embed_data(encoder, data, size, bs, skip_bad, num_workers):
     file,state,size = _file_and_size(encoder, size)
     gray = state['n_in']==1
     dls = _dls(data, size, bs, gray, split=False, skip_bad=skip_bad, num_workers=num_workers)
-    learn,loaders = encoder_learner(file, dls),[dl for dl in dls if dl.n]
+    learn,loaders = _at_their_size(file, dls),[dl for dl in dls if dl.n]
     n = sum(dl.n for dl in loaders)
     print(f"embedding {n:,} images of {data} with {file}: {state['arch']} at {size} pixels", flush=True)
     parts = [_embedded(learn, dl) for dl in loaders]

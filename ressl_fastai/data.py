@@ -58,7 +58,7 @@ from . import __version__
 from .files import disk_errors, replacing, write_text, writing
 from .fingerprint import data_fingerprint, digest, file_at, image_parts, lists, plain_function
 from .images import PILImage16, channels_last, look_at_files, readable_images, set_opener
-from .loaders import clean_dl
+from .loaders import clean_dl, spread
 from .views import send
 
 # %% ../nbs/14_data.ipynb #1336a023
@@ -196,9 +196,15 @@ def _say_split(o):
     left_out = ''.join(f'; {n} images of {nm or o.top} are left out' for nm,n in unused.items())
     _say(f"training on {names('train')}, held out: {names(o.held_out)}{left_out}")
 
+def _side(files, size, max_size, n=64):
+    "Side between the two, as large as most of the files are; some of them are looked at"
+    def short_side(file):
+        with Image.open(file) as im: return min(im.size)
+    return max(size, min(max_size, int(np.median([short_side(files[i]) for i in spread(n, len(files))]))))
+
 def folder_dls(
     path:Path, # Folder of images
-    size:int=64, # Side of the images in pixels
+    size:int=64, # Side of the images in pixels: the whole picture, squeezed to a square
     bs:int=64, # Images in a batch
     gray:bool=False, # One channel instead of three, also of images with 16 bits
     valid_pct:float=0.1, # Share of the images held out, unless there are folders for training and validation
@@ -206,6 +212,7 @@ def folder_dls(
     skip_bad:bool=False, # Leave out files that cannot be read instead of refusing
     num_workers:int=None, # Processes that load images; default: fastai's
     split:bool=True, # False: all images of the folder are in the training set
+    max_size:int=None, # The side goes up to this if most files are so large; default: it is `size`
     progress:bool=False # Whether to show how far the reading of the files has come
 ) -> DataLoaders: # With labels if the images lie in two or more class folders
     "`DataLoaders` of the images in a folder"
@@ -221,8 +228,10 @@ def folder_dls(
         f"valid_pct={valid_pct} of {len(files)} images holds none out: use more images or a larger valid_pct")
     classes = sorted({o.label(f) for f in files})
     labelled = len(classes)>1 and all(len(o.folders[f])==o.depth for f in files)
+    side = size if max_size is None else _side(files, size, max_size)
     blocks = [ImageBlock(PILImage16 if gray else PILImage)] + [CategoryBlock(vocab=classes)]*labelled
-    block = DataBlock(blocks, get_y=o.label if labelled else None, splitter=splitter, item_tfms=Resize(size))
+    block = DataBlock(blocks, get_y=o.label if labelled else None, splitter=splitter,
+                      item_tfms=Resize(side, method='squish'))
     dls = block.dataloaders(files, path=path, bs=bs, num_workers=num_workers)
     set_opener(dls)
     with _saying_warnings(): look_at_files(dls)
@@ -259,6 +268,13 @@ class TensorDL(TfmdDL):
             kwargs = dict(images=self.images, rows=self.rows, targets=self.targets) | kwargs
         return super().new(dataset, cls, **kwargs)
 
+    def in_memory(self,
+        idxs:list # Positions of items
+    ) -> dict: # For `new` with a dataset of these items
+        "What is there of some items"
+        if self.images is None: return {}
+        return dict(images=self.images, rows=self.rows[idxs], targets=tuple(t[idxs] for t in self.targets))
+
     def __iter__(self):
         alone = self.images is not None and _start_method()!='fork'
         with self.fake_l.no_multiproc() if alone else nullcontext(): yield from super().__iter__()
@@ -290,11 +306,10 @@ def _fetch(images, rows, device):
     torch.index_select(images.as_subclass(Tensor), 0, rows, out=batch)
     return batch.to(device, non_blocking=True).as_subclass(type(images))
 
-def _free(device): return torch.cuda.mem_get_info(device)[0] if device.type=='cuda' else 0
-
 def _nearest(images, device):
     "`images` on a GPU that has four times as much memory free, else where they are"
-    return images.to(device) if device is not None and images.nbytes*4<=_free(device) else images
+    on_gpu = device is not None and device.type=='cuda'
+    return images.to(device) if on_gpu and images.nbytes*4<=free_memory(device) else images
 
 def _categories(tl):
     "All items of a list that ends in `Categorize`, each class encoded once; None if that is not all it does"
@@ -400,8 +415,13 @@ def _manifest(dls):
             'ressl_fastai':__version__, 'pillow':pil_version}
 
 # %% ../nbs/14_data.ipynb #a0d10022
-def free_memory() -> int|None: # Bytes, None where the system does not say
+def free_memory(
+    device:torch.device|str='cpu' # A GPU, or the CPU
+) -> int|None: # Bytes, None where the system does not say
     "Memory that this process may still take"
+    device = torch.device(device)
+    if device.type=='cuda': return torch.cuda.mem_get_info(device)[0]
+    if device.type!='cpu': return None
     try: free = int(re.search(r'MemAvailable: +(\d+)', Path('/proc/meminfo').read_text())[1])*1024
     except (OSError,TypeError): return None
     with suppress(OSError,ValueError,TypeError):  # a container's own limit, which is a number if there is one

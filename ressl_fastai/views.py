@@ -16,7 +16,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/views.html.md"""
 
 # %% auto #0
 __all__ = ['crop_boxes', 'resize_taps', 'weigh_rows', 'blur_taps', 'color_matrices', 'draw_jitter', 'RandomView', 'weak_tfms',
-           'strong_tfms', 'multi_crop_tfms', 'show_views']
+           'strong_tfms', 'multi_crop_tfms', 'full_size', 'show_views']
 
 # %% ../nbs/05_views.ipynb #caaa5b04
 import math, warnings
@@ -353,6 +353,13 @@ def multi_crop_tfms(
             f"{len(max_scales)}")
     if not all(0<o<=1 for o in sides): raise ValueError(f"sides must be shares of size in (0, 1], got {sides}")
     return [strong_tfms(max(1, round(size*s)), (lo,hi), **kwargs) for s,lo,hi in zip(sides, min_scales, max_scales)]
+
+# %% ../nbs/05_views.ipynb #85911242
+def full_size(
+    *tfms # `RandomView`s, or lists of them
+) -> int: # Side of a square in pixels
+    "How large images must be, at least, for the smallest crop to have as many pixels as its view"
+    return max(math.ceil(max(o.size)/o.scale[0]**0.5) for fs in tfms for o in listify(fs))
 
 # %% ../nbs/05_views.ipynb #7f385780
 def show_views(
