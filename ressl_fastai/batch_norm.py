@@ -30,9 +30,18 @@ def _beside(x, n):
     "(bs, nf, h, w) with channels last to (bs/n, n*nf, h, w) with channels last"
     return x.permute(0,2,3,1).unflatten(0, (-1,n)).permute(0,2,3,1,4).flatten(3).permute(0,3,1,2)
 
-def _behind(x, n):
-    "The reverse of `_beside`"
-    return x.permute(0,2,3,1).unflatten(3, (n,-1)).permute(0,3,1,2,4).flatten(0, 1).permute(0,3,1,2)
+class _Behind(torch.autograd.Function):
+    "The reverse of `_beside`; no view, since an activation in place on a view is slow in the backward pass"
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.n,(bs,nf,h,w) = n,x.shape
+        res = torch.empty(bs*n, nf//n, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        parts = x.permute(0,2,3,1).unflatten(3, (n,-1)).permute(0,3,1,2,4)
+        res.permute(0,2,3,1).unflatten(0, (-1,n)).copy_(parts)
+        return res
+
+    @staticmethod
+    def backward(ctx, grad): return _beside(grad, ctx.n),None
 
 def split_batch_norm(
     x:Tensor, # (bs, nf, ...); more than one value per part and feature
@@ -57,7 +66,7 @@ def split_batch_norm(
     res = F.batch_norm(parts, mean, var, w, b, True, momentum, eps)
     for running,parts in ((running_mean, mean), (running_var, var)):
         if running is not None: running.copy_(parts.view(n_splits, nf).mean(0))
-    return _behind(res, n_splits) if last else res.reshape(x.shape)
+    return _Behind.apply(res, n_splits) if last else res.reshape(x.shape)
 
 # %% ../nbs/03_batch_norm.ipynb #12bc06b2
 class BatchNormNd(nn.BatchNorm2d):
