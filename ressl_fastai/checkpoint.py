@@ -6,6 +6,10 @@ the training depends on: student, teacher, predictor and queue, optimizer and gr
 which images are held out, and the order of the batches. Run again, the same line continues; with other settings or
 other data it is refused and says which.
 
+The result is then that of a fit which nothing interrupted, bit for bit. On a GPU that needs `set_seed(seed,
+reproducible=True)` before the learner is made, or `ressl_pretrain --reproducible`: without it two whole runs with one
+seed already differ there.
+
 The last two files are kept; a damaged one is passed over. What is in them, and when a fit is the same, is said in
 `checkpoint_file`, `same_fit` and `training_state`; here is when it happens.
 

@@ -14,6 +14,7 @@ __all__ = ['ReSSLLearner', 'ressl_learner']
 # %% ../nbs/28_learner.ipynb #bce794fb
 import torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision  # to_fp16()
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -215,7 +216,7 @@ def ressl_learner(
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
     opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
-    precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto'; see `choose_precision`
+    precision:str='auto', # What training computes in: 'float32', 'bfloat16', 'float16', 'auto'; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
     cbs=None, # Callbacks beside `ReSSL`
@@ -244,6 +245,7 @@ def ressl_learner(
     half = _precision(precision, channels_last, dls, model, size, [weak_tfms, *listify(strong_tfms)])
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics,
                          cbs=L(ressl, half)+L(Guard() if guard else None)+L(cbs), **kwargs)
+    if half.dtype==torch.float16: learn.to_fp16()  # the scaler of gradients
     if get_normalize(dls) is None: add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     look_at_files(dls)
     return learn
