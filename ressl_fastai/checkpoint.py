@@ -174,7 +174,10 @@ class Checkpoint(Callback):
 
     def _say_what_is_lost(self):
         "Once, of callbacks that are the user's own"
-        mine = [cb for cb in self.learn.cbs if not is_library(type(cb).__module__)]
-        new = {f'{type(cb).__name__}.{k} ({why})' for cb in mine for k,why in memory_of(cb, net=get_model(self.learn.model))[1].items()}-self.lost
+        new,net = set(),get_model(self.learn.model)
+        for cb in self.learn.cbs:
+            if is_library(type(cb).__module__): continue
+            _,lost = memory_of(cb, net=net)
+            new |= {f'{type(cb).__name__}.{k} ({why})' for k,why in lost.items()}-self.lost
         self.lost |= new
         if new: print(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")
