@@ -178,8 +178,10 @@ class Checkpoint(Callback):
 
     def _say_what_is_lost(self):
         "Once, of callbacks that are the user's own"
-        mine = [cb for cb in self.learn.cbs if not is_library(type(cb).__module__)]
-        lost = [(type(cb).__name__,memory_of(cb, net=get_model(self.learn.model))[1]) for cb in mine]
-        new = {f'{nm}.{k} ({why})' for nm,o in lost for k,why in o.items()}-self.lost
+        new,net = set(),get_model(self.learn.model)
+        for cb in self.learn.cbs:
+            if is_library(type(cb).__module__): continue
+            _,lost = memory_of(cb, net=net)
+            new |= {f'{type(cb).__name__}.{k} ({why})' for k,why in lost.items()}-self.lost
         self.lost |= new
         if new: print(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")
