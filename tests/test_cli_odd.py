@@ -9,8 +9,8 @@ from fastcore.script import CliError, anno_parser
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ressl_fastai import cli
-from ressl_fastai.cli import Interrupted, _claim, ressl_evaluate, ressl_pretrain
+from ressl_fastai import runs
+from ressl_fastai.cli import Interrupted, ressl_evaluate, ressl_pretrain
 from ressl_fastai.data import folder_dls
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.models import small_resnet
@@ -243,7 +243,7 @@ def test_the_same_command_twice_and_ctrl_c(there, tmp_path, monkeypatch, capsys)
 
     class CtrlC(Checkpoint):
         def after_batch(self): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'Checkpoint', CtrlC)                # and in a notebook
+    monkeypatch.setattr(runs, 'Checkpoint', CtrlC)                # and in a notebook
     with pytest.raises(KeyboardInterrupt) as e: ressl_pretrain(**arguments(ressl_pretrain, line+'2'))
     assert e.value.code==130 and capsys.readouterr().err.strip().endswith(kept.replace('/run/', '/run2/'))
 
@@ -251,7 +251,7 @@ def test_ctrl_c_before_training_leaves_nothing(there, monkeypatch, capsys):
     monkeypatch.chdir(there)
     before = everything(there)
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'cached_dls', interrupt)
+    monkeypatch.setattr(runs, 'cached_dls', interrupt)
     with pytest.raises(Interrupted): ressl_pretrain('ims', arch='small_resnet', size=8, bs=16, num_workers=0)
     assert (
         capsys.readouterr().err.strip() == 'ressl_pretrain: interrupted; nothing was written'
@@ -272,11 +272,11 @@ def test_a_run_has_its_folder_for_itself_before_and_after_training_too(tmp_path)
         assert other.stdout.readline() == 'held\n'
         (tmp_path / 'a' / 'config.json').write_text('{"epochs":3, "versions":"older"}')
         with pytest.raises(ValueError, match='a is in use: the same command'):
-            _claim(tmp_path / 'a', config)
-        assert _claim(tmp_path / 'a', dict(epochs=4))[0].name == 'a-2'  # another command goes beside it
+            runs._claim(tmp_path / 'a', config)
+        assert runs._claim(tmp_path / 'a', dict(epochs=4))[0].name == 'a-2'  # another command goes beside it
         other.kill()
     (tmp_path/'a'/'config.json').write_text('{"epochs":3}')
-    assert _claim(tmp_path/'a', config)[0].name=='a'
+    assert runs._claim(tmp_path/'a', config)[0].name=='a'
 
 odd = 'a_b', '_c', '$x_{', 'x$y$', '<b>&', '\U0001f431', os.fsdecode(b'\xff\xfe'), 'long'*40
 
