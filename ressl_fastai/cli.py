@@ -35,10 +35,12 @@ def _at_terminal(): return bool(sys.stdout) and sys.stdout.isatty()
 
 def _load():
     "PyTorch, fastai and what needs them; the shell is told, since it takes seconds"
-    text = 'loading PyTorch and fastai ...' if _at_terminal() and Path(sys.argv[0]).stem.startswith('ressl_') else ''
+    in_shell = Path(sys.argv[0]).stem.startswith('ressl_')
+    text = 'loading PyTorch and fastai ...' if in_shell and _at_terminal() else ''
     if text: print(text, end='\r', flush=True)
-    import ressl_fastai.runs
+    from ressl_fastai.runs import keep_memory
     if text: print(' '*len(text), end='\r', flush=True)
+    if in_shell: keep_memory()  # in Python the process is the user's
 
 # %% ../nbs/40_cli.ipynb #5e110004
 class Interrupted(SystemExit, KeyboardInterrupt):

@@ -12,6 +12,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 __all__ = ['ReSSLLearner', 'duration', 'TimeLeft', 'ressl_learner']
 
 # %% ../nbs/28_learner.ipynb #bce794fb
+import warnings
 from time import perf_counter
 
 import torch
@@ -20,6 +21,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
+from fastai.data.transforms import get_c
 from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.torch_core import TensorCategory, get_model
@@ -208,6 +210,14 @@ def _check_split(dl, n_splits):
         "batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of "
         f"n_splits={n_splits}, at least twice it, got bs={dl.bs}")
 
+def _has_classes(dls, y):
+    "Whether there is one category per image, and more than one in all"
+    if len(y)!=1 or not isinstance(y[0], TensorCategory): return False
+    if get_c(dls)==1: warnings.warn(
+        f"all images have one label, '{dls.vocab[0]}': there is no kNN accuracy. fastai's from_folder takes the names "
+        "of folders as labels; for images without labels see DataBlock(ImageBlock, ...)")
+    return get_c(dls)!=1
+
 def _precision(precision, channels_last, dls, model, size, views_made):
     "What training computes in, tried on this machine where the sizes of the views are known"
     device = torch.device(dls.device or 'cpu')
@@ -268,7 +278,7 @@ def ressl_learner(
     check_views(model, x, dls.train.bs, weak_tfms=weak_tfms, strong_tfms=strong_tfms)
     set_batch_norm(model, batch_norm, n_splits)
     if batch_norm=='split': _check_split(dls.train, n_splits)
-    if metrics is None and len(y)==1 and isinstance(y[0], TensorCategory): metrics = KNNAccuracy()
+    if metrics is None and _has_classes(dls, y): metrics = KNNAccuracy()
     half = _precision(precision, channels_last, dls, model, size, [weak_tfms, *listify(strong_tfms)])
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics,
                          cbs=L(ressl, half, TimeLeft())+L(Guard() if guard else None)+L(cbs), **kwargs)

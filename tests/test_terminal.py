@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fastai.callback.core import Callback
+from fastcore.script import CliError
 from PIL import Image
 
 from ressl_fastai import runs
@@ -170,3 +171,29 @@ def test_help_and_version_do_not_wait_for_pytorch(tmp_path):
     for flag in ('--version','--help'):
         text,status = terminal('ressl_pretrain', flag, cwd=tmp_path)
         assert status==0 and 'loading' not in text
+
+
+@pytest.mark.skipif(sys.platform!='linux', reason='of glibc')
+def test_memory_is_kept(tmp_path):
+    "Pages that the system has to give a process again at each step"
+    code = """
+import resource, torch
+def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def used():
+    before = pages()
+    for _ in range(20): torch.empty(2**24).zero_()
+    return pages()-before
+from ressl_fastai.runs import keep_memory
+plain = used()
+keep_memory()
+used()
+print(plain>20*used())
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    if 'glibc' not in ' '.join(os.confstr(o) or '' for o in ('CS_GNU_LIBC_VERSION',)): pytest.skip('no glibc')
+    assert done.stdout=='True\n', done.stderr
+
+def test_a_broken_file_is_said_in_words_of_the_shell(folder):
+    (folder/'ims'/'0'/'broken.png').write_bytes(b'')
+    with pytest.raises(CliError, match=r'broken.png \(remove them, or leave them out with --skip-bad\)'):
+        ressl_pretrain(str(folder/'ims'), **dict(arch='small_resnet', size=8, bs=16, num_workers=0))
