@@ -63,10 +63,11 @@ def main(
             write_text(tmp/'config.json', f'{{"size": {size}}}')
             start = cpu()
             with learn.no_bar(): text = learn.report().read_text()
-            sections = re.findall(r'<h2>(.*?)</h2>.*?>([\d.]+) seconds</p>', text, flags=re.S)
+            sections = {re.search('<h2>(.*?)</h2>', o)[1]:re.search(r'>([\d.]+) seconds</p>', o)
+                        for o in text.split('<section')[1:]}
             report,start = cpu()-start,cpu()
             if page: write_text(page, text)
             with redirect_stdout(io.StringIO()) as said: ressl_evaluate(str(tmp), str(tmp/'images'), num_workers=0)
             print(said.getvalue())
             receipt('first_look', n=n, arch=arch, size=size, keep_memory=True, report_cpu_s=round(report, 1),
-                    evaluate_cpu_s=round(cpu()-start, 1), sections={k:float(v) for k,v in sections})
+                    evaluate_cpu_s=round(cpu()-start, 1), sections={k:float(o[1]) for k,o in sections.items() if o})
