@@ -6,7 +6,8 @@ One JSON line for each network in results/first_look.jsonl, about three minutes 
     OMP_NUM_THREADS=1 .venv/bin/python -W ignore benchmarks/first_look.py
 
 The images are squares of 37 photographs, in a class folder for each photograph, as JPEG files of 64 x 64 pixels. The
-network is trained for three steps only: what is measured does not depend on how good it is.
+network is trained for three steps only: what is measured does not depend on how good it is. `sections` are seconds by
+the clock, as the page has them.
 """
 import io, os, re, tempfile
 from contextlib import redirect_stdout
