@@ -50,6 +50,7 @@ from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.transfer import encoder_learner
 from ressl_fastai.loaders import clean_dl
+from ressl_fastai.views import strong_tfms
 
 folder = Path(os.environ.get('ENCODERS', '/tmp/hand_over'))
 size,lr = 32,2e-3
@@ -122,15 +123,16 @@ def train(learn, seconds, lr=lr):
     with quiet(learn): learn.fit(10**6, lr, cbs=CPUBudget(seconds, lr))
     return learn.train_iter
 
-def pretrain(data, x, seed, minutes):
+def pretrain(data, x, seed, minutes, colour):
     "Encoder files of student and teacher, and how many steps they were trained; made unless they are there"
-    files = [folder/f'{data}-{seed}-{minutes:g}-{nm}.pth' for nm in ('student','teacher')]
+    files = [folder/f"{data}-{seed}-{minutes:g}{'-colour'*colour}-{nm}.pth" for nm in ('student','teacher')]
     note = files[0].with_suffix('.json')
     if not note.exists():
         folder.mkdir(exist_ok=True, parents=True)
         set_seed(seed, reproducible=True)
         dls = tensor_dls(x, valid_idx=range(64))
-        learn = ressl_learner(dls, small_resnet, stem='small_pool', n_hidden=512, queue_size=1024)
+        strong = strong_tfms(size, jitter=(0.4,0.4,0.,0.), gray_p=0.) if colour else None
+        learn = ressl_learner(dls, small_resnet, stem='small_pool', n_hidden=512, queue_size=1024, strong_tfms=strong)
         steps = train(learn, 60*minutes)
         for file,teacher in zip(files, (False,True)): learn.save_encoder(file, teacher=teacher)
         note.write_text(json.dumps(steps))
@@ -146,9 +148,9 @@ def histogram(x, bins=8):
 
 class Task:
     "One set, one seed: what is computed once for all draws"
-    def __init__(self, data, seed, minutes):
+    def __init__(self, data, seed, minutes, colour=False):
         unlabelled,tx,ty,vx,vy = arrays(data)
-        *files,self.steps = pretrain(data, unlabelled, seed, minutes)
+        *files,self.steps = pretrain(data, unlabelled, seed, minutes, colour)
         tfms = aug_transforms(size=size, max_rotate=10., max_zoom=1.2, max_lighting=0.2, max_warp=0.)
         x,y = np.concatenate([tx,vx]),np.concatenate([ty,vy])
         self.dls = tensor_dls(x, y, valid_idx=range(len(tx), len(x)), batch_tfms=tfms)
@@ -201,13 +203,14 @@ def main(
     seeds:str='0,1,2', # Seeds of pretraining, first weights and draws of labels
     labels:str='5,10,50', # Labels per class
     minutes:float=1., # Of pretraining, of processor time
-    rows:str='' # Rows, all without it
+    rows:str='', # Rows, all without it
+    colour:bool=False # Views that keep the colour, for pictures that it tells apart
 ):
     torch.set_num_threads(1)
     rows = rows.split(',') if rows else list(all_rows)
     for seed in map(int, seeds.split(',')):
         for nm in data.split(','):
-            task,accuracy,balanced,seconds = Task(nm, seed, minutes),{},{},{}
+            task,accuracy,balanced,seconds = Task(nm, seed, minutes, colour),{},{},{}
             for n in map(int, labels.split(',')):
                 idxs,took = draw_labels(task.y, n, seed=seed),{}
                 for row in sorted(rows, key=lambda o: o!='classifier'):  # its seconds go into those of `from scratch`
@@ -222,5 +225,5 @@ def main(
                     recall = recall_score(task.valid_y, pred, average='macro', zero_division=0)
                     balanced.setdefault(row, {})[n] = round(recall, 4)
                 seconds[n] = {k:round(v, 1) for k,v in took.items()}
-            receipt('hand_over', seed, data=nm, **task.sizes, minutes=minutes,
+            receipt('hand_over', seed, data=nm, **task.sizes, minutes=minutes, colour=colour,
                     pretrain_steps=task.steps, cpu_seconds=seconds, accuracy=accuracy, balanced_accuracy=balanced)

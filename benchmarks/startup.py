@@ -17,7 +17,7 @@ from common import receipt, root
 child = '''
 import json, os, resource, sys
 from fastai.callback.core import Callback
-from ressl_fastai import cli
+from ressl_fastai import cli, runs
 
 class Stop(Callback):
     order = -100
@@ -29,8 +29,8 @@ class Stop(Callback):
         sys.stdout.flush()
         os._exit(0)
 
-checkpoint = cli.Checkpoint
-cli.Checkpoint = lambda folder: [checkpoint(folder), Stop()]
+checkpoint = runs.Checkpoint
+runs.Checkpoint = lambda folder: [checkpoint(folder), Stop()]
 how = dict(arch='small_resnet', size=int(sys.argv[3]), bs=64, epochs=1, num_workers=0, no_report=True)
 cli.ressl_pretrain(sys.argv[1], out=sys.argv[2], **how)
 '''

@@ -24,6 +24,7 @@
 - `ressl_fastai.prepare`: Resize a folder of photographs once, so that every epoch after that reads small files.
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
+- `ressl_fastai.runs`: What the commands do, once PyTorch is loaded: set up, train, measure, and write a folder of results.
 - `ressl_fastai.same_fit`: Is it the same training? Settings and data as they can be kept, compared by name, and the split that is continued.
 - `ressl_fastai.signs`: Coloured pictures with honest labels that need no download: signs of Unicode, to try everything on.
 - `ressl_fastai.teacher`: The teacher: an exponential moving average of the student that no gradient reaches.

@@ -13,7 +13,7 @@ from ressl_fastai.health import Guard, HealthMonitor
 from ressl_fastai.images import ImageError, OpenImage, PILImage12, PILImage16, open_image, readable_images
 from ressl_fastai.interpret import show_items
 from ressl_fastai.label_efficiency import draw_labels, label_rows, labelled_part, plot_labels, summarize_labels
-from ressl_fastai.learner import ReSSLLearner, ressl_learner
+from ressl_fastai.learner import ReSSLLearner, TimeLeft, ressl_learner
 from ressl_fastai.loaders import ResizeBatch, clean_dl, first_images, image_stats
 from ressl_fastai.losses import info_nce_loss, relation, ressl_loss
 from ressl_fastai.models import (Embedder, Encoder, ReSSLModel, create_encoder, create_mlp, get_arch, ressl_splitter,
@@ -23,6 +23,7 @@ from ressl_fastai.precision import DevicePrecision, choose_precision, has_bfloat
 from ressl_fastai.prepare import prepare_images
 from ressl_fastai.recipes import Recipe, recipe, recipes
 import ressl_fastai.report  # learn.report()
+from ressl_fastai.runs import keep_memory
 from ressl_fastai.signs import draw_signs, sign_kinds, write_signs
 from ressl_fastai.teacher import make_teacher, update_teacher
 from ressl_fastai.transfer import encoder_learner, load_encoder

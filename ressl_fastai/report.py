@@ -82,6 +82,8 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { min-width: 5rem; padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top;
          border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 .long { min-width: 15rem; max-width: 46rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  th, td { min-width: 3rem; padding-right: .5rem; } .long { min-width: 7.5rem; } }
 th { font-weight: 600; } thead th { color: var(--quiet); font-weight: 400; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border-radius: .5rem; background: var(--card);
       font-size: .85rem; user-select: all; }

@@ -216,7 +216,8 @@ def _n_out(dls, n_out):
 
 def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
     "A learner in the state that fastai leaves pretrained weights in"
-    res = Learner(dls, model, **{'splitter':splitter, **kwargs})
+    kwargs = dict(splitter=splitter, path=learn.path, model_dir=learn.model_dir) | kwargs
+    res = Learner(dls, model, **kwargs)
     same_normalize(dls, _pretrained(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res

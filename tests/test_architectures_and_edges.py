@@ -282,6 +282,13 @@ def test_one_class():
     with pytest.raises(ValueError, match='two classes'): learn.linear_probe()
     assert knn_accuracy(*embed(learn, learn.dls.train), *embed(learn, learn.dls.valid))==1
 
+@pytest.mark.parametrize('n_classes', [1,2])
+def test_no_accuracy_where_all_images_have_one_label(n_classes, recwarn):
+    x,_ = some_images()
+    learn = make(tensor_dls(x, np.arange(16)%n_classes, valid_pct=0.25, bs=4), metrics=None)
+    assert len(learn.metrics)==n_classes-1
+    assert any("all images have one label, '0'" in str(o.message) for o in recwarn)==(n_classes==1)
+
 @pytest.mark.parametrize('method', ['tsne','pca'])
 def test_equal_features_are_said_before_scikit_learn_is_called(method, monkeypatch):
     "Its t-SNE ends the process with SIGSEGV on equal rows"

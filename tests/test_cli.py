@@ -12,7 +12,8 @@ from sklearn.datasets import load_sample_images
 from sklearn.neighbors import KNeighborsClassifier
 
 from ressl_fastai.checkpoint import Checkpoint
-from ressl_fastai.cli import new_folder, ressl_pretrain
+from ressl_fastai.cli import ressl_pretrain
+from ressl_fastai.runs import new_folder
 from ressl_fastai.data import find_data, folder_dls
 from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
@@ -188,7 +189,7 @@ def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path, monkeypat
     go('whole')
     table = [l.split()[:4] for l in capsys.readouterr().out.splitlines() if re.match(' +(epoch|[0-9])', l)]
     with monkeypatch.context() as m:
-        m.setattr('ressl_fastai.cli.Checkpoint', Crash)
+        m.setattr('ressl_fastai.runs.Checkpoint', Crash)
         with pytest.raises(KeyboardInterrupt): go('out')
     assert 'encoder.pth' not in all_files(Path('out')) and any('epoch_0001' in f for f in all_files(Path('out')))
     go('out', epochs=2)                                          # another command leaves it alone

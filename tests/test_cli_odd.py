@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from helpers import held, trained_on, write_digits
 
-from ressl_fastai import cli
-from ressl_fastai.cli import Interrupted, _claim, ressl_evaluate, ressl_pretrain
+from ressl_fastai import runs
+from ressl_fastai.cli import Interrupted, ressl_evaluate, ressl_pretrain
 from ressl_fastai.checkpoint import Checkpoint
 
 def arguments(func, line):
@@ -235,7 +235,7 @@ def test_the_same_command_twice_and_ctrl_c(there, tmp_path, monkeypatch, capsys)
 
     class CtrlC(Checkpoint):
         def after_batch(self): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'Checkpoint', CtrlC)                # and in a notebook
+    monkeypatch.setattr(runs, 'Checkpoint', CtrlC)                # and in a notebook
     with pytest.raises(KeyboardInterrupt) as e: ressl_pretrain(**arguments(ressl_pretrain, line+'2'))
     assert e.value.code==130 and capsys.readouterr().err.strip().endswith(kept.replace('/run/', '/run2/'))
 
@@ -243,7 +243,7 @@ def test_ctrl_c_before_training_leaves_nothing(there, monkeypatch, capsys):
     monkeypatch.chdir(there)
     before = everything(there)
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'cached_dls', interrupt)
+    monkeypatch.setattr(runs, 'cached_dls', interrupt)
     with pytest.raises(Interrupted): ressl_pretrain('ims', arch='small_resnet', size=8, bs=16, num_workers=0)
     assert (
         capsys.readouterr().err.strip() == 'ressl_pretrain: interrupted; nothing was written'
@@ -256,10 +256,10 @@ def test_a_run_has_its_folder_for_itself_before_and_after_training_too(tmp_path)
     kept.mkdir(parents=True)
     with held(kept):
         (tmp_path/'a'/'config.json').write_text('{"epochs":3, "versions":"older"}')
-        with pytest.raises(ValueError, match='a is in use: the same command'): _claim(tmp_path/'a', config)
-        assert _claim(tmp_path/'a', dict(epochs=4))[0].name=='a-2'  # another command goes beside it
+        with pytest.raises(ValueError, match='a is in use: the same command'): runs._claim(tmp_path/'a', config)
+        assert runs._claim(tmp_path/'a', dict(epochs=4))[0].name=='a-2'  # another command goes beside it
     (tmp_path/'a'/'config.json').write_text('{"epochs":3}')
-    assert _claim(tmp_path/'a', config)[0].name=='a'
+    assert runs._claim(tmp_path/'a', config)[0].name=='a'
 
 odd = 'a_b', '_c', '$x_{', 'x$y$', '<b>&', '\U0001f431', os.fsdecode(b'\xff\xfe'), 'long'*40
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from helpers import trained_on, write_digits, write_run
 
 from fastai.learner import Learner
-from ressl_fastai import cli
+from ressl_fastai import runs
 from ressl_fastai.cli import Interrupted, ressl_embed
 from ressl_fastai.data import find_images, folder_dls
 from ressl_fastai.transfer import encoder_learner
@@ -78,7 +78,7 @@ def test_digits_are_all_embedded(there, tmp_path):
 
 
 def test_parquet_needs_an_engine_and_says_so(there, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, 'find_spec', lambda nm: None)
+    monkeypatch.setattr(runs, 'find_spec', lambda nm: None)
     with pytest.raises(CliError, match='needs pyarrow, which is not installed: pip install pyarrow, or take .csv'):
         ressl_embed(str(there/'run'), str(there/'flat'), str(tmp_path/'e.parquet'))
 

@@ -14,7 +14,7 @@ from PIL import Image
 from crashes import differences, everything, fit, make
 from helpers import Crash
 
-from ressl_fastai import cli, data
+from ressl_fastai import data, runs
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.checkpoint_file import checkpoints, last_checkpoint, read_checkpoint, write_checkpoint
 from ressl_fastai.cli import ressl_pretrain
@@ -118,11 +118,11 @@ def test_results_are_on_the_disk_before_the_checkpoint_goes(tmp_path, monkeypatc
     old = tmp_path/'old'
     pictures(old/'data', 40)
     monkeypatch.chdir(old)
-    disk,delete,seen = Disk(monkeypatch),cli._delete_checkpoint,{}
+    disk,delete,seen = Disk(monkeypatch),runs._delete_checkpoint,{}
     def look(kept):
         seen.update({p.name:disk.has(p) for p in kept.parent.iterdir() if p.is_file()}, checkpoint=kept.is_dir())
         delete(kept)
-    monkeypatch.setattr(cli, '_delete_checkpoint', look)
+    monkeypatch.setattr(runs, '_delete_checkpoint', look)
     ressl_pretrain('data', **small)
     names = ['checkpoint','config.json','curves.png','encoder.pth','history.csv','report.html','views.png']
     assert sorted(seen)==names and all(seen.values()), seen
@@ -131,7 +131,7 @@ def test_results_are_on_the_disk_before_the_checkpoint_goes(tmp_path, monkeypatc
 def test_a_checkpoint_that_cannot_be_deleted_is_not_an_error(tmp_path, monkeypatch):
     (tmp_path/'checkpoint').mkdir()
     monkeypatch.setattr(Path, 'rename', raising(errno.EBUSY))
-    cli._delete_checkpoint(tmp_path/'checkpoint')
+    runs._delete_checkpoint(tmp_path/'checkpoint')
 
 def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path):
     code = f"""
@@ -335,7 +335,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, monke
     assert steps==[]
     fit(make(path=tmp_path), n=1, cbs=[SaveModelCallback(fname='new/best'), Count()])
     assert steps
-    monkeypatch.setattr(cli, '_set_up', lambda *args, **kwargs: pytest.fail('images are looked at'))
+    monkeypatch.setattr(runs, '_set_up', lambda *args, **kwargs: pytest.fail('images are looked at'))
     with pytest.raises(CliError, match='cannot write /proc/ressl'): ressl_pretrain('digits', out='/proc/ressl')
     check_writable(tmp_path/'a'/'b')
     assert not (tmp_path/'a').exists()
@@ -374,7 +374,7 @@ def test_a_run_among_the_images_is_continued(tmp_path, monkeypatch, capsys):
             if self.train_iter==2: raise KeyboardInterrupt
             super().after_batch()
     with monkeypatch.context() as m:
-        m.setattr(cli, 'Checkpoint', Kill)
+        m.setattr(runs, 'Checkpoint', Kill)
         with pytest.raises(KeyboardInterrupt): ressl_pretrain('.', out='results', **small)
     assert (tmp_path/'data'/'results'/'views.png').exists()
     capsys.readouterr()

@@ -2,18 +2,21 @@
 import os
 import re
 import select
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from fastai.callback.core import Callback
+from fastcore.script import CliError
 from PIL import Image
 from helpers import make, write_digits
 
-from ressl_fastai import cli
+from ressl_fastai import runs
 from ressl_fastai.cli import ressl_pretrain
 from ressl_fastai.data import digits_dls
+from ressl_fastai.learner import TimeLeft, duration
 from ressl_fastai.models import small_resnet
 
 pty = pytest.importorskip('pty')  # Windows has none
@@ -97,7 +100,7 @@ def seconds(monkeypatch):
     "Set what a step takes for each image, by the arch and the size"
     cost = {}
     def image_seconds(model, n_in, size, bs, dtype=None): return cost[model.encoder.arch,size]
-    monkeypatch.setattr(cli, '_image_seconds', image_seconds)
+    monkeypatch.setattr(runs, '_image_seconds', image_seconds)
     return cost
 
 def learner(size):
@@ -106,13 +109,13 @@ def learner(size):
 
 def test_a_short_training_is_begun_without_a_word(seconds):
     seconds.update({('resnet18',64):900/(1408*10), ('small_resnet',64):1e-4})  # 44 steps of 32 images
-    assert cli._before_long(learner(64), 64, 10, 32) is None
-    assert cli._before_long(learner(64), 64, 11, 32) is not None       # control
+    assert runs._before_long(learner(64), 64, 10, 32) is None
+    assert runs._before_long(learner(64), 64, 11, 32) is not None       # control
 
 def test_what_fits_fifteen_minutes(seconds):
     seconds.update({('resnet18',64):0.02, ('small_resnet',64):0.005, ('small_resnet',32):0.002})
     learn = learner(64)
-    def said(epochs): return cli._before_long(learn, 64, epochs, 32)
+    def said(epochs): return runs._before_long(learn, 64, epochs, 32)
     assert said(100)==('100 epochs will take about 47 minutes on this machine without a GPU; 15 minutes are enough for '
                        '--epochs=31')
     seconds['resnet18',64] = 0.2
@@ -130,7 +133,7 @@ def test_what_fits_fifteen_minutes(seconds):
 def test_the_time_of_a_step_is_measured_and_leaves_no_trace():
     learn = learner(16)
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
-    small_one,large = (cli._image_seconds(learn.model, 1, size, 32) for size in (8,64))
+    small_one,large = (runs._image_seconds(learn.model, 1, size, 32) for size in (8,64))
     assert 0<small_one<large
     assert all(v.equal(before[k]) for k,v in learn.model.state_dict().items())
     assert all(p.grad is None for p in learn.model.parameters())
@@ -138,20 +141,58 @@ def test_the_time_of_a_step_is_measured_and_leaves_no_trace():
 durations = {5:'5 seconds', 89:'89 seconds', 90:'2 minutes', 3600:'60 minutes', 7200:'2 hours', 86400*3:'3 days'}
 
 @pytest.mark.parametrize('seconds', durations)
-def test_durations(seconds): assert cli._duration(seconds)==durations[seconds]
+def test_durations(seconds): assert duration(seconds)==durations[seconds]
 
 
 class Slow(Callback):
     "Each step takes as long as it says, by a clock of its own"
-    order = cli._TimeLeft.order-1
+    order = TimeLeft.order-1
     def __init__(self, monkeypatch, each):
         self.now,self.each = 0.,each
-        monkeypatch.setattr(cli, 'perf_counter', lambda: self.now)
+        monkeypatch.setattr('ressl_fastai.learner.perf_counter', lambda: self.now)
     def after_batch(self):
         if self.training: self.now += self.each
 
 @pytest.mark.parametrize('each,said', [(2.,'about 2 minutes to go, 2 seconds a step\n'), (0.2,'')])
 def test_after_a_few_steps_the_time_that_is_left_is_said_once(each, said, monkeypatch, capsys):
     learn = make(digits_dls(size=8, bs=359), small_resnet, queue_size=32, metrics=[])  # 4 steps an epoch
-    with learn.no_bar(), learn.no_logging(): learn.fit(17, cbs=[cli._TimeLeft(), Slow(monkeypatch, each)])
+    learn.logger = lambda row: None
+    with learn.no_bar(): learn.fit(17, cbs=Slow(monkeypatch, each))
     assert capsys.readouterr().out==said
+    with learn.no_bar(), learn.no_logging(): learn.fit(17, cbs=Slow(monkeypatch, each))
+    assert capsys.readouterr().out==''                                  # who wants no table wants no words
+
+
+def test_help_and_version_do_not_wait_for_pytorch(tmp_path):
+    code = "import sys, ressl_fastai.cli; print(sorted({'torch','fastai','pandas','matplotlib'} & set(sys.modules)))"
+    def loaded(more=''): return subprocess.run([sys.executable, '-c', more+code], capture_output=True, text=True).stdout
+    assert loaded()=='[]\n' and 'torch' in loaded('import ressl_fastai.runs; ')   # control
+    for flag in ('--version','--help'):
+        text,status = terminal('ressl_pretrain', flag, cwd=tmp_path)
+        assert status==0 and 'loading' not in text
+
+
+@pytest.mark.skipif(sys.platform!='linux', reason='of glibc')
+def test_memory_is_kept(tmp_path):
+    "Pages that the system has to give a process again at each step"
+    code = """
+import resource, torch
+def pages(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def used():
+    before = pages()
+    for _ in range(20): torch.empty(2**24).zero_()
+    return pages()-before
+from ressl_fastai.runs import keep_memory
+plain = used()
+keep_memory()
+used()
+print(plain>20*used())
+"""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    if 'glibc' not in ' '.join(os.confstr(o) or '' for o in ('CS_GNU_LIBC_VERSION',)): pytest.skip('no glibc')
+    assert done.stdout=='True\n', done.stderr
+
+def test_a_broken_file_is_said_in_words_of_the_shell(folder):
+    (folder/'ims'/'0'/'broken.png').write_bytes(b'')
+    with pytest.raises(CliError, match=r'broken.png \(remove them, or leave them out with --skip-bad\)'):
+        ressl_pretrain(str(folder/'ims'), **dict(arch='small_resnet', size=8, bs=16, num_workers=0))

@@ -210,3 +210,17 @@ def test_a_path_to_an_encoder_file_is_taken_as_it_is_given(tmp_path, monkeypatch
     assert (tmp_path/'models'/'runs'/'encoder.pth').exists() and not (tmp_path/'runs').exists()
     other.load_encoder('runs/encoder')                     # and a folder within `models` goes on to be found
     with pytest.raises(FileNotFoundError, match='models/nowhere/encoder.pth'): learn.load_encoder('nowhere/encoder')
+
+
+# where files go
+
+@pytest.mark.parametrize('method', ['to_classifier','to_vision_learner'])
+def test_files_go_where_those_of_the_learner_go(method, learn, tmp_path):
+    dls = few()
+    dls.path = tmp_path/'images'                                        # not there, where the labelled images are
+    learn.path,learn.model_dir = tmp_path,'weights'
+    clf = getattr(learn, method)(dls)
+    assert (clf.path,clf.model_dir)==(tmp_path,'weights')
+    clf.export()
+    assert (tmp_path/'export.pkl').exists()
+    assert getattr(learn, method)(dls, path=tmp_path/'mine').path==tmp_path/'mine'
