@@ -227,7 +227,7 @@ def _model_rows(model):
             ('queue', f'{model.queue.size:,} embeddings of width {model.queue.feats.shape[1]}')]
 
 def _training_rows(learn):
-    ressl,history = learn.ressl,_history(learn)
+    ressl,history = learn.ressl,epoch_table(learn)
     lr = f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else shown(learn.lr)
     return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', shown(learn.opt_func)),
             ('learning rate', lr),
@@ -240,18 +240,27 @@ def _training_rows(learn):
             ('precision', getattr(learn, 'precision', 'not chosen')),
             ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
 
-def _history(learn):
+def epoch_table(
+    learn:Learner # Trained, or not
+) -> DataFrame: # A column for each of the progress table, without epoch and time
     "One row for each epoch of the last `fit`; none after `lr_find` or `validate`"
     rec = getattr(learn, 'recorder', None)
     names = [o for o in getattr(rec, 'metric_names', []) if o not in ('epoch','time')]
     rows = [list(o) for o in getattr(rec, 'values', []) if len(o)==len(names)]
     return DataFrame(rows, columns=names, dtype=float)
 
+def settings_rows(
+    learn:Learner # A `ressl_learner`
+) -> list: # Pairs of a name and a value
+    "What was trained and how, without folder and classes: for what leaves the house"
+    rows = _data_rows(learn, _Seen(problem=True)) + _model_rows(get_model(learn.model)) + _training_rows(learn)
+    return [o for o in rows if o[0] not in ('folder','classes')]
+
 def run_section(learn, seen):
     rows = _data_rows(learn, seen) + _model_rows(get_model(learn.model)) + _training_rows(learn)
     if not seen.problem: rows.append(('looked at', seen.looked_at))
     rows.append(('versions', ', '.join(f'{k} {v}' for k,v in versions().items())))
-    facts = [('training images', f'{learn.dls.train.n:,}'), ('epochs', len(_history(learn)))]
+    facts = [('training images', f'{learn.dls.train.n:,}'), ('epochs', len(epoch_table(learn)))]
     return dict(rows=rows, facts=facts, code=seen.command)
 
 # %% ../nbs/35_report.ipynb #rp26cur
@@ -268,7 +277,7 @@ def _spoilt(history):
     return []
 
 def curves_section(learn, seen):
-    history = _history(learn)
+    history = epoch_table(learn)
     if history.empty: raise ValueError("nothing was trained with this learner since it was made")
     losses = history[[o for o in history if o.endswith('_loss')]]
     figures = [_figure(_lines, 'loss by epoch', 'loss by epoch', **losses)]

@@ -49,8 +49,11 @@ from .models import (Embedder, Encoder, ReSSLModel, body_splitter, body_stem, cr
                                  set_stem)
 
 # %% ../nbs/30_transfer.ipynb #4d610eca
-def _pretrained(learn, teacher):
-    "The encoder of a `ressl_learner`, and the mean and standard deviation its images are normalised with"
+def pretrained_encoder(
+    learn:Learner, # A `ressl_learner`, or an `encoder_learner`
+    teacher:bool=False # The teacher's encoder instead of the student's
+) -> tuple: # The `Encoder` itself; mean and standard deviation that its images are normalised with, None without
+    "The encoder of a learner; a `ValueError` where there is none"
     model = get_model(learn.model)
     if not isinstance(model, ReSSLModel if teacher else Embedder):
         what = 'a teacher' if teacher else 'an encoder'
@@ -66,12 +69,12 @@ def save_encoder(self:Learner,
     teacher:bool=False # The teacher's encoder instead of the student's
 ) -> Path: # Where it is
     "Save the encoder with what is needed to use it: architecture, channels, stem, size of views and normalisation"
-    enc,stats = _pretrained(self, teacher)
+    enc,stats = pretrained_encoder(self, teacher)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem,
                  nf=enc.nf, view_size=enc.view_size, teacher=teacher, normalize=stats)
     state['body'] = enc[0].state_dict()
     for k,v in state['body'].items():
-        if fault := _fault(v, v): raise ValueError(
+        if fault := tensor_fault(v, v): raise ValueError(
             f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
         state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
     return write_torch(_encoder_file(file, self.path/self.model_dir), state)
@@ -105,7 +108,10 @@ def _body_of(model):
 
 _floats = torch.float16,torch.bfloat16,torch.float32,torch.float64
 
-def _fault(have, want):
+def tensor_fault(
+    have, # What is in a file, or is to be
+    want:Tensor # Of the model that it is for
+) -> str|None: # None where all is well
     "What is wrong with the values of a tensor of a file, for a tensor of a model"
     if not isinstance(have, Tensor): return f"is a {type(have).__name__}, no tensor"
     if have.layout!=torch.strided: return f"is sparse ({have.layout})"
@@ -124,7 +130,7 @@ def _check_fit(body, state, file):
             f"not fit the model: {len(wrong)} of {len(want.keys()|have.keys())} tensors differ, {k} is "
             f"{want.get(k, 'missing')} in the model and {have.get(k, 'missing')} in the file")
     for k,v in state['body'].items():
-        if fault := _fault(v, weights[k]): raise ValueError(f"{file} cannot be loaded: {k} {fault}")
+        if fault := tensor_fault(v, weights[k]): raise ValueError(f"{file} cannot be loaded: {k} {fault}")
 
 # %% ../nbs/30_transfer.ipynb #35e43137
 def _check_body(model, state, file):
@@ -194,7 +200,7 @@ def _check_labelled(dls):
 def _hand_over(learn, dls, teacher, size=None):
     "A copy of the encoder that was tried on the images of `dls`, and whether its body gives maps"
     set_opener(dls)
-    (enc,_),x = _pretrained(learn, teacher),first_images(dls)[0]
+    (enc,_),x = pretrained_encoder(learn, teacher),first_images(dls)[0]
     if size is not None:
         set_size(dls, size)
         x = x.new_zeros(*x.shape[:2], *size)
@@ -207,7 +213,7 @@ def _hand_over(learn, dls, teacher, size=None):
 
 def _size_for(learn, teacher, size):
     "What images are brought to: what was asked for, or the size of the views; None for as they are"
-    return _pretrained(learn, teacher)[0].view_size if size is None else size_of(size)
+    return pretrained_encoder(learn, teacher)[0].view_size if size is None else size_of(size)
 
 def _n_out(dls, n_out):
     n_out = n_out or get_c(dls)
@@ -217,7 +223,7 @@ def _n_out(dls, n_out):
 def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
     "A learner in the state that fastai leaves pretrained weights in"
     res = Learner(dls, model, **{'splitter':splitter, **kwargs})
-    same_normalize(dls, _pretrained(learn, teacher)[1], 'the encoder')
+    same_normalize(dls, pretrained_encoder(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res
 
@@ -266,7 +272,7 @@ def to_classifier(self:Learner,
 ) -> Learner: # Ready to predict; all but the linear layer is frozen
     "The frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
     _check_categories(dls)
-    same_normalize(dls, _pretrained(self, teacher)[1], 'the encoder')
+    same_normalize(dls, pretrained_encoder(self, teacher)[1], 'the encoder')
     dls = _full_batches(dls)
     enc,maps = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     linear = nn.Linear(enc.nf, get_c(dls))
