@@ -23,6 +23,7 @@
 - `ressl_fastai.precision`: bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 - `ressl_fastai.publish`: Take the encoder elsewhere: weights for torchvision, timm or plain PyTorch, ONNX, a model card.
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
+- `ressl_fastai.replay`: A training stopped at NaN: run that step again, alone, and see where it comes from.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 - `ressl_fastai.same_fit`: Is it the same training? Settings and data as they can be kept, compared by name, and the split that is continued.
 - `ressl_fastai.signs`: Coloured pictures with honest labels that need no download: signs of Unicode, to try everything on.

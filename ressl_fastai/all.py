@@ -22,6 +22,7 @@ from ressl_fastai.optimizer import FusedAdam
 from ressl_fastai.precision import DevicePrecision, choose_precision, has_bfloat16, precisions
 from ressl_fastai.recipes import Recipe, recipe, recipes
 import ressl_fastai.publish  # learn.save_weights(), learn.model_card()
+import ressl_fastai.replay  # learn.replay()
 import ressl_fastai.report  # learn.report()
 from ressl_fastai.signs import draw_signs, sign_kinds, write_signs
 from ressl_fastai.teacher import make_teacher, update_teacher

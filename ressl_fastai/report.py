@@ -40,7 +40,7 @@ from .files import write_text
 from .health import Guard, HealthMonitor, good_values
 from .interpret import as_compared, class_name, plain_text, show_items, single_classes
 from .label_efficiency import draw_labels, plot_labels
-from .loaders import first_images, get_normalize, spread, subset
+from .loaders import first_images, get_normalize, item_name, spread, subset
 from .models import ReSSLModel, get_arch
 from .recipes import shown
 from .views import RandomView
@@ -166,13 +166,6 @@ def _few(dl, n):
     idxs = spread(n, dl.n) if dl.n else []
     return dl if len(idxs)==dl.n else subset(dl, idxs),idxs
 
-def _item_name(dl, i, path):
-    "A file by its path, an item of a table by its first column, anything else by its position"
-    items = getattr(dl, 'items', None)
-    o = i if items is None else items.iloc[i,0] if hasattr(items, 'iloc') else items[i]
-    if isinstance(o, Path) and o.is_relative_to(path): o = o.relative_to(path)
-    return str(o) if isinstance(o, (str,Path)) else f'image {i}'
-
 def _look(learn, n, command=None):
     "What the sections use: loaders, names, classes, features of student and teacher (in this order)"
     seen,start = _Seen(command=command, problem=None),perf_counter()
@@ -180,7 +173,7 @@ def _look(learn, n, command=None):
         (dl,idxs),(valid,_) = _few(learn.dls.train, n),_few(learn.dls.valid, n)
         features = [learn.embed(dl, teacher) for teacher in (False,True)]
         valid_features = [learn.embed(valid, teacher) for teacher in (False,True)] if valid.n else None
-        names = [_item_name(learn.dls.train, i, learn.dls.path) for i in idxs]
+        names = [item_name(learn.dls.train, i, learn.dls.path) for i in idxs]
         looked_at = (f"{dl.n:,} training and {valid.n:,} validation images, spread evenly; "
                      f"embedded in {perf_counter()-start:.1f} seconds")
         vars(seen).update(dl=dl, valid=valid, names=names, features=features, valid_features=valid_features,
