@@ -21,6 +21,7 @@ from ressl_fastai.models import (Embedder, Encoder, ReSSLModel, create_encoder, 
 from ressl_fastai.optimizer import FusedAdam
 from ressl_fastai.precision import DevicePrecision, choose_precision, has_bfloat16, precisions
 from ressl_fastai.recipes import Recipe, recipe, recipes
+import ressl_fastai.detection  # learn.to_fpn_backbone()
 import ressl_fastai.publish  # learn.save_weights(), learn.model_card()
 import ressl_fastai.replay  # learn.replay()
 import ressl_fastai.report  # learn.report()

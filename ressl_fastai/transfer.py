@@ -307,6 +307,22 @@ def to_vision_learner(self:Learner,
                      bn_final, lin_first, y_range)
     return _as_pretrained(self, dls, teacher, model, body_splitter(enc[0], enc.arch), **kwargs)
 
+# %% ../nbs/30_transfer.ipynb #c4a10014
+def layers_of(
+    enc:Encoder, # Whose body is asked for
+    size:tuple, # (height, width) of the images
+    what:str # What needs it, for the message
+) -> nn.Sequential: # A part of `enc`, whose children give maps
+    "The layers of a body that make its maps smaller step by step; a `ValueError` where it has none in reach"
+    body = enc[0]
+    while isinstance(body, nn.Sequential) and len(body)==1: body = body[0]  # all layers in one child, as in DenseNets
+    if isinstance(body, nn.Sequential):
+        sizes = model_sizes(body, size)
+        if all(len(s)==4 for s in sizes) and len({s[2:] for s in sizes})>1: return body
+    other = '' if isinstance(body, nn.Sequential) else ', not an nn.Sequential of such layers'
+    raise ValueError(f"{what} needs a body whose children are layers that make the maps smaller step by step, "
+                     f"as in ResNets; that of {enc.arch} is a {type(body).__name__}{other}")
+
 # %% ../nbs/30_transfer.ipynb #c4a10004
 @patch
 @delegates(Learner.__init__, but=['model'])
@@ -322,13 +338,9 @@ def to_unet_learner(self:Learner,
     **kwargs
 ) -> Learner: # As `unet_learner` makes it of pretrained weights: the encoder is frozen, `fine_tune` goes on from there
     "A fastai U-Net around a copy of the pretrained encoder: for torchvision's and fastai's convolutional networks"
-    enc,maps = _hand_over(self, dls, teacher)
-    body,size = enc[0],tuple(first_images(dls)[0].shape[2:])
-    while isinstance(body, nn.Sequential) and len(body)==1: body = body[0]  # all layers in one child, as in DenseNets
-    if not maps or not isinstance(body, nn.Sequential) or len({s[2:] for s in model_sizes(body, size)})<2:
-        other = '' if isinstance(body, nn.Sequential) else ', not an nn.Sequential of such layers'
-        raise ValueError("a U-Net needs a body whose children are layers that make the maps smaller step by step, "
-                         f"as in ResNets; that of {enc.arch} is a {type(body).__name__}{other}")
+    enc,_ = _hand_over(self, dls, teacher)
+    size = tuple(first_images(dls)[0].shape[2:])
+    body = layers_of(enc, size, 'a U-Net')
     model = DynamicUnet(body, _n_out(dls, n_out), size, self_attention=self_attention, blur=blur, last_cross=last_cross,
                         bottle=bottle, y_range=y_range)
     model.ressl_body = (enc[0],)  # where `load_encoder` finds stem and names; a tuple, so that no tensor is there twice
