@@ -9,8 +9,8 @@ One JSON line per seed in results/masks.jsonl, two to three minutes of one core 
     .venv/bin/python benchmarks/masks.py --data /tmp/masks.npz --images 280 --epochs 1 --steps 4   # tries it
 
 A picture is an emoji, turned, of random size and place, on a part of a photograph. Its mask is the emoji's own alpha
-channel: which pixels belong to it. Emoji and photographs of the test are in no other picture; an emoji and its skin tones,
-of both vendors, are on one side. Pretraining sees the training pictures without masks.
+channel: which pixels belong to it. Emoji and photographs of the test are in no other picture; an emoji and its skin
+tones, of both vendors, are on one side. Pretraining sees the training pictures without masks.
 
 - `pretrained`: `learn.to_unet_learner(dls)` and fastai's `fine_tune`, a quarter of the steps frozen
 - `from scratch`: the same U-Net from an encoder that was never trained, unfrozen, one cycle of as many steps
@@ -44,7 +44,8 @@ def ingredients():
         if not files: raise FileNotFoundError(f"no emoji of {vendor} in {folder}: see the head of {__file__}")
         cuts += [np.asarray(Image.open(f).convert('RGBA').resize((64,64))) for f in files]
         codes += [f.stem.split('-')[0] for f in files]
-    photos = sorted(f for top in ('backgrounds','wallpapers') for f in glob(f'/usr/share/{top}/**/*.jpg', recursive=True))
+    tops = 'backgrounds','wallpapers'
+    photos = sorted(f for top in tops for f in glob(f'/usr/share/{top}/**/*.jpg', recursive=True))
     def photo(f): return np.asarray(ImageOps.fit(Image.open(f).convert('RGB'), (144,96)))
     return np.stack(cuts),np.unique(codes, return_inverse=True)[1],np.stack([photo(f) for f in photos])
 
