@@ -46,8 +46,8 @@ class Replayed:
     def __repr__(self):
         s = self.step.start
         lines = [f"Epoch {s.epoch}, batch {s.iter}, {len(s.idxs)} images."]
-        if self.step.late: lines.append("The GPU told of it one step later: teacher and queue are as they were then, so "
-                                        "the step may come out otherwise.")
+        if self.step.late: lines.append("The GPU told of it one step later: teacher and queue are as they "
+                                        "were then, so the step may come out otherwise.")
         if self.same_views is False: lines.append(
             "The views are not those of then: their transforms use random numbers, or a memory, that were not kept.")
         if self.images: lines.append(f"The views of {_few(self.images)} are not finite.")
