@@ -7,6 +7,7 @@
 - `ressl_fastai.cli`: `ressl_pretrain`, `ressl_evaluate`, `ressl_embed`, `ressl_prepare`: a folder of images becomes an encoder, accuracies, embeddings.
 - `ressl_fastai.curate`: Use what the encoder has learned before there are labels: find duplicates, outliers and clusters, and what to label first.
 - `ressl_fastai.data`: From a folder of images, or an array of small ones, to `DataLoaders`: found, looked at once, and decoded once.
+- `ressl_fastai.detection`: The encoder as backbone of torchvision's Faster R-CNN and RetinaNet.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
 - `ressl_fastai.files`: One way to write files, one way to read them back, and a lock for folders: nothing that was finished is lost.
@@ -22,7 +23,9 @@
 - `ressl_fastai.optimizer`: `FusedAdam`: fastai's `Adam`, whose step on a GPU is one kernel for many parameters instead of ten for each.
 - `ressl_fastai.precision`: bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 - `ressl_fastai.prepare`: Resize a folder of photographs once, so that every epoch after that reads small files.
+- `ressl_fastai.publish`: Take the encoder elsewhere: weights for torchvision, timm or plain PyTorch, ONNX, a model card.
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
+- `ressl_fastai.replay`: A training stopped at NaN: run that step again, alone, and see where it comes from.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 - `ressl_fastai.runs`: What the commands do, once PyTorch is loaded: set up, train, measure, and write a folder of results.
 - `ressl_fastai.same_fit`: Is it the same training? Settings and data as they can be kept, compared by name, and the split that is continued.

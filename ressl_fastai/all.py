@@ -22,6 +22,9 @@ from ressl_fastai.optimizer import FusedAdam
 from ressl_fastai.precision import DevicePrecision, choose_precision, has_bfloat16, precisions
 from ressl_fastai.prepare import prepare_images
 from ressl_fastai.recipes import Recipe, recipe, recipes
+import ressl_fastai.detection  # learn.to_fpn_backbone()
+import ressl_fastai.publish  # learn.save_weights(), learn.model_card()
+import ressl_fastai.replay  # learn.replay()
 import ressl_fastai.report  # learn.report()
 from ressl_fastai.runs import keep_memory
 from ressl_fastai.signs import draw_signs, sign_kinds, write_signs

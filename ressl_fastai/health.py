@@ -26,15 +26,15 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import AMPMode
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
-from fastai.torch_core import get_model, no_random, to_device
-from fastcore.basics import first, patch, store_attr
+from fastai.torch_core import get_model, get_random_states, no_random, set_random_states, to_device
+from fastcore.basics import first, listify, patch, store_attr
 from fastcore.foundation import L
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from .callback import OnItsWay, scheduled
 from .losses import relation, ressl_loss
-from .loaders import clean_dl
+from .loaders import clean_dl, item_name
 from .models import evaluating
 from .optimizer import FusedAdam
 
@@ -138,6 +138,53 @@ _words = dict(
         "high, and the encoder gets worse than a random one. Try a tenth of it, or what learn.lr_find() suggests, from "
         "the start or from an earlier checkpoint.")
 
+# %% ../nbs/23_health.ipynb #h26start
+class StepStart:
+    "Where a step of a training begins: its place, its images, and the random states that its views are drawn with"
+    def __init__(self,
+        learn # In a fit with `ReSSL`, before the views of a batch are made
+    ):
+        self.epoch,self.iter,self.n_epoch,self.pct_train = learn.epoch,learn.iter,learn.n_epoch,learn.pct_train
+        self.random,self.generators = get_random_states(),[g.get_state() for g in self._generators(learn)]
+        order,bs = getattr(learn.dl, '_DataLoader__idxs', None),learn.dl.bs  # fastai keeps the order of an epoch there
+        self.idxs = list(order[learn.iter*bs:(learn.iter+1)*bs]) if bs and hasattr(order, '__getitem__') else None
+
+    def _generators(self, learn):
+        tfms = [learn.ressl.weak_tfms, *listify(learn.ressl.strong_tfms)]
+        return [o.generator for o in tfms if getattr(o, 'generator', None) is not None]
+
+    def restore(self,
+        learn # In a fit with `ReSSL`
+    ):
+        "The place in the schedules, and the random states"
+        learn.epoch,learn.n_epoch,learn.pct_train = self.epoch,self.n_epoch,self.pct_train
+        set_random_states(**self.random)
+        for g,state in zip(self._generators(learn), self.generators): g.set_state(state)
+
+class BadStep:
+    "A step that was not finite: why, where it began, its images by name, and the model before it, on the CPU"
+    def __init__(self,
+        learn, # In that step, before the optimizer's
+        start:StepStart,
+        why:str, # What the guard says of it
+        statistics:dict, # Buffers of the model as they were before the step, by name
+        late:bool # Whether a GPU said so one step later, when teacher and queue had gone on
+    ):
+        store_attr('start,why,late')
+        path,dl = learn.dls.path,learn.dls.train
+        self.names = None if start.idxs is None else [item_name(dl, int(i), path) for i in start.idxs]
+        kept = {**get_model(learn.model).state_dict(), **statistics}
+        self.model = {k:v.detach().to('cpu', copy=True) for k,v in kept.items()}
+        self.views = None if late else view_sums(learn)
+
+    def __repr__(self): return f"BadStep(epoch {self.start.epoch}, batch {self.start.iter}: {self.why})"
+
+def view_sums(
+    learn # In a step
+) -> Tensor: # One sum for each view
+    "By which views are known again"
+    return torch.cat([x.detach().flatten(1).sum(1).float().cpu() for x in (*learn.xb, learn.ressl.x_teacher)])
+
 # %% ../nbs/23_health.ipynb #h26guard
 def _get(o): return o.get() if isinstance(o, OnItsWay) else o
 
@@ -166,20 +213,27 @@ class Guard(Callback):
             if not isinstance(val, Integral) or val<1: raise ValueError(
                 f"{nm} must be a whole number of at least 1, got {val!r}")
         store_attr()
-        self.alarms = []
+        self.alarms,self.bad_step = [],None
 
     def before_fit(self):
         "Nothing seen yet; `lr_find` diverges on purpose"
         self.active = hasattr(self.learn, 'ressl') and not hasattr(self.learn, 'lr_finder')
         self.n_steps,self.newest,self.due,self.found,self.said = 0,None,False,{},set()
         self.statistics,self.whole,self.sizes = [],None,{}
+        self.start = self.earlier = None
 
     def before_batch(self):
-        "Keeps the statistics of batch norms, once what fills the queue or loads a checkpoint has changed them"
-        if not self.active or self.statistics: return
-        self.statistics = [b for nm,b in get_model(self.learn.model).named_buffers() if not nm.startswith('queue.')]
+        """Where this batch begins; and the statistics of batch norms, once what fills the queue or loads a checkpoint
+        has changed them"""
+        if not self.active: return
+        self.earlier,self.start = self.start,StepStart(self.learn)
+        if self.statistics: return
+        self.statistics = list(self._named_statistics().values())
         self.good,self.latest = ([b.clone() for b in self.statistics] for _ in range(2))
         if not self.sizes: self.sizes = {0: _size_of_weights(get_model(self.learn.model))}
+
+    def _named_statistics(self):
+        return {nm:b for nm,b in get_model(self.learn.model).named_buffers() if not nm.startswith('queue.')}
 
     def after_loss(self):
         "Asks whether the loss is finite without waiting for the device"
@@ -194,7 +248,7 @@ class Guard(Callback):
         if not _get(self.finite):
             why = _why_nan(self.learn, net, self.learn.ressl.z_teacher)
             return self._undo(f"the loss is {self.learn.loss.item()}. {why} This step was not taken.")
-        self._judge()
+        self._judge(late=True)
         if not all(math.isfinite(h['lr']) for h in self.learn.opt.hypers):
             lr = self.learn.opt.hypers[-1]['lr']
             return self._undo(f"the learning rate is {lr}: it must be a finite number. This step was not taken.")
@@ -218,16 +272,25 @@ class Guard(Callback):
         else:
             for g in grads: g.masked_fill_(~whole, 0)
 
-    def _judge(self):
+    def _judge(self, late=False):
         "The statistics of the latest batch are good ones, if they and the gradients were finite"
         whole,self.whole = self.whole,None
         if whole is None: return
         if _get(whole): self.good,self.latest = self.latest,self.good
-        else: self._undo(f"{_why_not(get_model(self.learn.model), self.learn.loss.item())} This gradient was not used.")
+        else:
+            why = _why_not(get_model(self.learn.model), self.learn.loss.item())
+            self._undo(f"{why} This gradient was not used.", late)
 
-    def _undo(self, text):
+    def _undo(self, text, late=False):
+        if 'nan' not in self.said: self._keep(text, late)
         if self.action=='stop': _copy(self.statistics, self.good)
         self._say('nan', text)
+
+    def _keep(self, text, late):
+        "What `learn.replay()` needs"
+        there = get_model(self.learn.model).state_dict().keys()
+        before = {nm:b for nm,b in zip(self._named_statistics(), self.good) if nm in there}
+        self.bad_step = BadStep(self.learn, self.earlier if late else self.start, text, before, late)
 
     def after_fit(self):
         "What a GPU has not yet said of the last step; the copies are of no more use"

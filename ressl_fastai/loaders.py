@@ -17,6 +17,7 @@ __all__ = ['clean_dl', 'check_images', 'spread', 'first_images', 'image_stats', 
 
 # %% ../nbs/12_loaders.ipynb #3b000004
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -192,6 +193,18 @@ def as_item(
     try: return Image.fromarray(item)
     except TypeError as e: raise ValueError("an array must be (h, w), (h, w, 3) or (h, w, 4) of uint8, "
                                             f"got {item.dtype} of shape {item.shape}") from e
+
+# %% ../nbs/12_loaders.ipynb #3b000032
+def item_name(
+    dl:DataLoader, # Any fastai `DataLoader`
+    i:int, # Position of an item in its dataset
+    path:Path # Files below it are named from here
+) -> str: # A file by its path, an item of a table by its first column, anything else by its position
+    "What to call an item"
+    items = getattr(dl, 'items', None)
+    o = i if items is None else items.iloc[i,0] if hasattr(items, 'iloc') else items[i]
+    if isinstance(o, Path) and o.is_relative_to(path): o = o.relative_to(path)
+    return str(o) if isinstance(o, (str,Path)) else f'image {i}' 
 
 # %% ../nbs/12_loaders.ipynb #3b000020
 def size_of(

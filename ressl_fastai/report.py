@@ -40,7 +40,7 @@ from .files import write_text
 from .health import Guard, HealthMonitor, good_values
 from .interpret import as_compared, class_name, plain_text, show_items, single_classes
 from .label_efficiency import draw_labels, plot_labels
-from .loaders import first_images, get_normalize, spread, subset
+from .loaders import first_images, get_normalize, item_name, spread, subset
 from .models import ReSSLModel, get_arch
 from .recipes import shown
 from .views import RandomView
@@ -168,13 +168,6 @@ def _few(dl, n):
     idxs = spread(n, dl.n) if dl.n else []
     return dl if len(idxs)==dl.n else subset(dl, idxs),idxs
 
-def _item_name(dl, i, path):
-    "A file by its path, an item of a table by its first column, anything else by its position"
-    items = getattr(dl, 'items', None)
-    o = i if items is None else items.iloc[i,0] if hasattr(items, 'iloc') else items[i]
-    if isinstance(o, Path) and o.is_relative_to(path): o = o.relative_to(path)
-    return str(o) if isinstance(o, (str,Path)) else f'image {i}'
-
 def _look(learn, n, command=None):
     "What the sections use: loaders, names, classes, features of student and teacher (in this order)"
     seen,start = _Seen(command=command, problem=None),perf_counter()
@@ -182,7 +175,7 @@ def _look(learn, n, command=None):
         (dl,idxs),(valid,_) = _few(learn.dls.train, n),_few(learn.dls.valid, n)
         features = [learn.embed(dl, teacher) for teacher in (False,True)]
         valid_features = [learn.embed(valid, teacher) for teacher in (False,True)] if valid.n else None
-        names = [_item_name(learn.dls.train, i, learn.dls.path) for i in idxs]
+        names = [item_name(learn.dls.train, i, learn.dls.path) for i in idxs]
         looked_at = (f"{dl.n:,} training and {valid.n:,} validation images, spread evenly; "
                      f"embedded in {perf_counter()-start:.1f} seconds")
         vars(seen).update(dl=dl, valid=valid, names=names, features=features, valid_features=valid_features,
@@ -229,7 +222,7 @@ def _model_rows(model):
             ('queue', f'{model.queue.size:,} embeddings of width {model.queue.feats.shape[1]}')]
 
 def _training_rows(learn):
-    ressl,history = learn.ressl,_history(learn)
+    ressl,history = learn.ressl,epoch_table(learn)
     lr = f'{max(learn.recorder.lrs):.4g} at the highest' if len(history) else shown(learn.lr)
     return [('epochs', len(history)), ('batch size', learn.dls.train.bs), ('optimizer', shown(learn.opt_func)),
             ('learning rate', lr),
@@ -242,18 +235,27 @@ def _training_rows(learn):
             ('precision', getattr(learn, 'precision', 'not chosen')),
             ('callbacks', ', '.join(learn.cbs.attrgot('name')))]
 
-def _history(learn):
+def epoch_table(
+    learn:Learner # Trained, or not
+) -> DataFrame: # A column for each of the progress table, without epoch and time
     "One row for each epoch of the last `fit`; none after `lr_find` or `validate`"
     rec = getattr(learn, 'recorder', None)
     names = [o for o in getattr(rec, 'metric_names', []) if o not in ('epoch','time')]
     rows = [list(o) for o in getattr(rec, 'values', []) if len(o)==len(names)]
     return DataFrame(rows, columns=names, dtype=float)
 
+def settings_rows(
+    learn:Learner # A `ressl_learner`
+) -> list: # Pairs of a name and a value
+    "What was trained and how, without folder and classes: for what leaves the house"
+    rows = _data_rows(learn, _Seen(problem=True)) + _model_rows(get_model(learn.model)) + _training_rows(learn)
+    return [o for o in rows if o[0] not in ('folder','classes')]
+
 def run_section(learn, seen):
     rows = _data_rows(learn, seen) + _model_rows(get_model(learn.model)) + _training_rows(learn)
     if not seen.problem: rows.append(('looked at', seen.looked_at))
     rows.append(('versions', ', '.join(f'{k} {v}' for k,v in versions().items())))
-    facts = [('training images', f'{learn.dls.train.n:,}'), ('epochs', len(_history(learn)))]
+    facts = [('training images', f'{learn.dls.train.n:,}'), ('epochs', len(epoch_table(learn)))]
     return dict(rows=rows, facts=facts, code=seen.command)
 
 # %% ../nbs/35_report.ipynb #rp26cur
@@ -270,7 +272,7 @@ def _spoilt(history):
     return []
 
 def curves_section(learn, seen):
-    history = _history(learn)
+    history = epoch_table(learn)
     if history.empty: raise ValueError("nothing was trained with this learner since it was made")
     losses = history[[o for o in history if o.endswith('_loss')]]
     figures = [_figure(_lines, 'loss by epoch', 'loss by epoch', **losses)]

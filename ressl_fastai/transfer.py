@@ -49,8 +49,11 @@ from .models import (Embedder, Encoder, ReSSLModel, body_splitter, body_stem, cr
                                  set_stem)
 
 # %% ../nbs/30_transfer.ipynb #4d610eca
-def _pretrained(learn, teacher):
-    "The encoder of a `ressl_learner`, and the mean and standard deviation its images are normalised with"
+def pretrained_encoder(
+    learn:Learner, # A `ressl_learner`, or an `encoder_learner`
+    teacher:bool=False # The teacher's encoder instead of the student's
+) -> tuple: # The `Encoder` itself; mean and standard deviation that its images are normalised with, None without
+    "The encoder of a learner; a `ValueError` where there is none"
     model = get_model(learn.model)
     if not isinstance(model, ReSSLModel if teacher else Embedder):
         what = 'a teacher' if teacher else 'an encoder'
@@ -66,12 +69,12 @@ def save_encoder(self:Learner,
     teacher:bool=False # The teacher's encoder instead of the student's
 ) -> Path: # Where it is
     "Save the encoder with what is needed to use it: architecture, channels, stem, size of views and normalisation"
-    enc,stats = _pretrained(self, teacher)
+    enc,stats = pretrained_encoder(self, teacher)
     state = dict(format='ressl_fastai encoder', version=__version__, arch=enc.arch, n_in=enc.n_in, stem=enc.stem,
                  nf=enc.nf, view_size=enc.view_size, teacher=teacher, normalize=stats)
     state['body'] = enc[0].state_dict()
     for k,v in state['body'].items():
-        if fault := _fault(v, v): raise ValueError(
+        if fault := tensor_fault(v, v): raise ValueError(
             f"this encoder cannot be saved: {k} {fault}; load an earlier checkpoint")
         state['body'][k] = v.cpu()  # in place: the dict carries its modules' versions
     return write_torch(_encoder_file(file, self.path/self.model_dir), state)
@@ -105,7 +108,10 @@ def _body_of(model):
 
 _floats = torch.float16,torch.bfloat16,torch.float32,torch.float64
 
-def _fault(have, want):
+def tensor_fault(
+    have, # What is in a file, or is to be
+    want:Tensor # Of the model that it is for
+) -> str|None: # None where all is well
     "What is wrong with the values of a tensor of a file, for a tensor of a model"
     if not isinstance(have, Tensor): return f"is a {type(have).__name__}, no tensor"
     if have.layout!=torch.strided: return f"is sparse ({have.layout})"
@@ -124,7 +130,7 @@ def _check_fit(body, state, file):
             f"not fit the model: {len(wrong)} of {len(want.keys()|have.keys())} tensors differ, {k} is "
             f"{want.get(k, 'missing')} in the model and {have.get(k, 'missing')} in the file")
     for k,v in state['body'].items():
-        if fault := _fault(v, weights[k]): raise ValueError(f"{file} cannot be loaded: {k} {fault}")
+        if fault := tensor_fault(v, weights[k]): raise ValueError(f"{file} cannot be loaded: {k} {fault}")
 
 # %% ../nbs/30_transfer.ipynb #35e43137
 def _check_body(model, state, file):
@@ -194,7 +200,7 @@ def _check_labelled(dls):
 def _hand_over(learn, dls, teacher, size=None):
     "A copy of the encoder that was tried on the images of `dls`, and whether its body gives maps"
     set_opener(dls)
-    (enc,_),x = _pretrained(learn, teacher),first_images(dls)[0]
+    (enc,_),x = pretrained_encoder(learn, teacher),first_images(dls)[0]
     if size is not None:
         set_size(dls, size)
         x = x.new_zeros(*x.shape[:2], *size)
@@ -207,7 +213,7 @@ def _hand_over(learn, dls, teacher, size=None):
 
 def _size_for(learn, teacher, size):
     "What images are brought to: what was asked for, or the size of the views; None for as they are"
-    return _pretrained(learn, teacher)[0].view_size if size is None else size_of(size)
+    return pretrained_encoder(learn, teacher)[0].view_size if size is None else size_of(size)
 
 def _n_out(dls, n_out):
     n_out = n_out or get_c(dls)
@@ -218,7 +224,7 @@ def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
     "A learner in the state that fastai leaves pretrained weights in"
     kwargs = dict(splitter=splitter, path=learn.path, model_dir=learn.model_dir) | kwargs
     res = Learner(dls, model, **kwargs)
-    same_normalize(dls, _pretrained(learn, teacher)[1], 'the encoder')
+    same_normalize(dls, pretrained_encoder(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res
 
@@ -267,7 +273,7 @@ def to_classifier(self:Learner,
 ) -> Learner: # Ready to predict; all but the linear layer is frozen
     "The frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
     _check_categories(dls)
-    same_normalize(dls, _pretrained(self, teacher)[1], 'the encoder')
+    same_normalize(dls, pretrained_encoder(self, teacher)[1], 'the encoder')
     dls = _full_batches(dls)
     enc,maps = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     linear = nn.Linear(enc.nf, get_c(dls))
@@ -302,6 +308,22 @@ def to_vision_learner(self:Learner,
                      bn_final, lin_first, y_range)
     return _as_pretrained(self, dls, teacher, model, body_splitter(enc[0], enc.arch), **kwargs)
 
+# %% ../nbs/30_transfer.ipynb #c4a10014
+def layers_of(
+    enc:Encoder, # Whose body is asked for
+    size:tuple, # (height, width) of the images
+    what:str # What needs it, for the message
+) -> nn.Sequential: # A part of `enc`, whose children give maps
+    "The layers of a body that make its maps smaller step by step; a `ValueError` where it has none in reach"
+    body = enc[0]
+    while isinstance(body, nn.Sequential) and len(body)==1: body = body[0]  # all layers in one child, as in DenseNets
+    if isinstance(body, nn.Sequential):
+        sizes = model_sizes(body, size)
+        if all(len(s)==4 for s in sizes) and len({s[2:] for s in sizes})>1: return body
+    other = '' if isinstance(body, nn.Sequential) else ', not an nn.Sequential of such layers'
+    raise ValueError(f"{what} needs a body whose children are layers that make the maps smaller step by step, "
+                     f"as in ResNets; that of {enc.arch} is a {type(body).__name__}{other}")
+
 # %% ../nbs/30_transfer.ipynb #c4a10004
 @patch
 @delegates(Learner.__init__, but=['model'])
@@ -317,13 +339,9 @@ def to_unet_learner(self:Learner,
     **kwargs
 ) -> Learner: # As `unet_learner` makes it of pretrained weights: the encoder is frozen, `fine_tune` goes on from there
     "A fastai U-Net around a copy of the pretrained encoder: for torchvision's and fastai's convolutional networks"
-    enc,maps = _hand_over(self, dls, teacher)
-    body,size = enc[0],tuple(first_images(dls)[0].shape[2:])
-    while isinstance(body, nn.Sequential) and len(body)==1: body = body[0]  # all layers in one child, as in DenseNets
-    if not maps or not isinstance(body, nn.Sequential) or len({s[2:] for s in model_sizes(body, size)})<2:
-        other = '' if isinstance(body, nn.Sequential) else ', not an nn.Sequential of such layers'
-        raise ValueError("a U-Net needs a body whose children are layers that make the maps smaller step by step, "
-                         f"as in ResNets; that of {enc.arch} is a {type(body).__name__}{other}")
+    enc,_ = _hand_over(self, dls, teacher)
+    size = tuple(first_images(dls)[0].shape[2:])
+    body = layers_of(enc, size, 'a U-Net')
     model = DynamicUnet(body, _n_out(dls, n_out), size, self_attention=self_attention, blur=blur, last_cross=last_cross,
                         bottle=bottle, y_range=y_range)
     model.ressl_body = (enc[0],)  # where `load_encoder` finds stem and names; a tuple, so that no tensor is there twice

@@ -16,8 +16,9 @@ from ressl_fastai.all import Learner, digits_dls, ressl_learner, small_resnet
 from ressl_fastai.health import HealthMonitor
 from ressl_fastai.evaluate import embed
 from ressl_fastai.interpret import pictures
+from ressl_fastai.loaders import item_name
 from ressl_fastai.models import Encoder
-from ressl_fastai.report import _few, _item_name, render, template
+from ressl_fastai.report import _few, render, template
 
 void = {'meta', 'link', 'img', 'br', 'hr', 'input'}
 
@@ -170,7 +171,7 @@ def test_a_part_keeps_pictures_and_names_together(labelled, unlabelled):
         dl,idxs = _few(learn.dls.train, 7)
         assert dl.n==7
         for i,im in zip(idxs, pictures(dl, range(7))):
-            file = learn.path/_item_name(learn.dls.train, i, learn.path)
+            file = learn.path/item_name(learn.dls.train, i, learn.path)
             assert torch.equal((im[0]*255).round().byte(), torch.tensor(np.array(Image.open(file))))
 
 class Plain:
