@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.progress import ProgressCallback
-from fastai.torch_core import num_distrib, set_random_states
+from fastai.torch_core import get_model, num_distrib, set_random_states
 from fastcore.basics import store_attr
 from fastcore.foundation import L
 
@@ -175,6 +175,6 @@ class Checkpoint(Callback):
     def _say_what_is_lost(self):
         "Once, of callbacks that are the user's own"
         mine = [cb for cb in self.learn.cbs if not is_library(type(cb).__module__)]
-        new = {f'{type(cb).__name__}.{k} ({why})' for cb in mine for k,why in memory_of(cb)[1].items()}-self.lost
+        new = {f'{type(cb).__name__}.{k} ({why})' for cb in mine for k,why in memory_of(cb, net=get_model(self.learn.model))[1].items()}-self.lost
         self.lost |= new
         if new: print(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")
