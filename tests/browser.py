@@ -24,8 +24,8 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory()
         to_read,self.out = os.pipe()
         self.inp,to_write = os.pipe()
-        flags = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--remote-debugging-pipe',
-                 f'--user-data-dir={self.profile.name}', '--no-first-run', '--disable-extensions', '--hide-scrollbars']
+        flags = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+                 '--remote-debugging-pipe', f'--user-data-dir={self.profile.name}', '--no-first-run', '--disable-extensions', '--hide-scrollbars']
         def where_chromium_looks():
             "In the child: the pipe as files 3 and 4"
             ends = [fcntl.fcntl(o, fcntl.F_DUPFD, 10) for o in (to_read,to_write)]
@@ -124,7 +124,7 @@ const behind = e => { for (; e; e = e.parentElement) { const c = rgba(getCompute
 const seen = {};
 for (const e of document.querySelectorAll('p,li,td,th,h1,h2,h3,pre,code,span,a,summary,figcaption,label')) {
     const own = [...e.childNodes].some(n => n.nodeType==3 && n.data.trim());
-    if (!own || !e.checkVisibility({opacityProperty: true, visibilityProperty: true}) || e.closest('.katex,mjx-container')) continue;
+    if (!own || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     const text = rgba(getComputedStyle(e).color).slice(0, 3), back = behind(e);
     const [a,b] = [light(text), light(back)].sort((x,y) => y-x), ratio = (a+0.05)/(b+0.05);
     if (ratio < 3) seen[e.tagName + ' ' + e.className + ' ' + ratio.toFixed(1)] = e.textContent.trim().slice(0, 30);
@@ -136,7 +136,8 @@ def faults(browser, url, width=390):
     "By name of the fault where it is found: on a phone, in light and in dark"
     browser.look(width)
     browser.open(url)
-    res = {'not loaded':browser.js(images), 'wider than the window':browser.js(wide), 'hard to read':browser.js(contrast)}
+    looks = {'not loaded':images, 'wider than the window':wide, 'hard to read':contrast}
+    res = {k:browser.js(code) for k,code in looks.items()}
     browser.look(width, dark=True)
     res['hard to read in the dark'] = browser.js(contrast)
     res['errors'] = browser.errors()

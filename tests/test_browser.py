@@ -1,5 +1,5 @@
-"""The site and a report as a reader's browser has them. Skipped in sight where there is no Chromium; the site is looked at
-where `make docs` has made it. Each fault is found in a page that has it, and in no good one."""
+"""The site and a report as a reader's browser has them. Skipped in sight where there is no Chromium; the site is
+looked at where `make docs` has made it. Each fault is found in a page that has it, and in no good one."""
 import re
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import pytest
 
 from browser import Browser, chromium, copied, faults, served
 from helpers import digits_dls, fit, make
+
+from ressl_fastai import report  # learn.report
 
 root = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not chromium, reason='no chromium: apt-get install chromium')

@@ -68,7 +68,8 @@ def test_what_only_sets_up_stays_out_and_what_says_so_is_folded():
 def test_lines_of_losses_become_one_table_and_other_lines_stay():
     build = load('build')
     def line(*texts): return dict(output_type='stream', name='stdout', text=[f'{o}\n' for o in texts])
-    made = build.with_tables([line("[0, 3.5, 2.25, 0.5, '00:03']"), line("[1, 3.25, 2.0, 0.75, '00:02']"), line('done')])
+    losses = [line("[0, 3.5, 2.25, 0.5, '00:03']"), line("[1, 3.25, 2.0, 0.75, '00:02']")]
+    made = build.with_tables([*losses, line('done')])
     assert [o['output_type'] for o in made] == ['display_data','stream']
     html = made[0]['data']['text/html']
     assert html.count('<tr>')==3 and '<td>3.250</td>' in html and "<th>train_loss</th>" in html
@@ -76,5 +77,6 @@ def test_lines_of_losses_become_one_table_and_other_lines_stay():
 
 def test_title_and_description_of_a_page():
     build = load('build')
-    assert build.about('# Quickstart\n> From a folder\n> to a classifier.') == ('Quickstart','From a folder to a classifier.')
+    title,what = build.about('# Quickstart\n> From a folder\n> to a classifier.')
+    assert (title, what) == ('Quickstart','From a folder to a classifier.')
     assert build.about('# losses\n\nThe loss.') == ('losses','The loss.')

@@ -51,7 +51,8 @@ def as_table(rows):
     "Lines that fastai prints without a bar, `[epoch, losses, metrics, time]`, as a table"
     rows = [ast.literal_eval(o) for o in rows]
     names = ['epoch','train_loss','valid_loss',*['metric']*(len(rows[0])-4),'time']
-    def cells(tag, row): return ''.join(f'<{tag}>{o:.3f}</{tag}>' if isinstance(o, float) else f'<{tag}>{o}</{tag}>' for o in row)
+    def text(o): return f'{o:.3f}' if isinstance(o, float) else o
+    def cells(tag, row): return ''.join(f'<{tag}>{text(o)}</{tag}>' for o in row)
     body = ''.join(f"<tr>{cells('td', o)}</tr>" for o in rows)
     return f"<table><thead><tr>{cells('th', names)}</tr></thead><tbody>{body}</tbody></table>"
 

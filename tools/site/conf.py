@@ -1,4 +1,6 @@
 """Sphinx's settings for the site; copied beside the pages by build.py"""
+import re
+
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml  # equations need neither a script nor a network
 
@@ -25,7 +27,9 @@ html_theme_options = dict(source_repository='https://github.com/ressl-fastai/res
 
 def math(block):
     def visit(self, node):
-        self.body.append(tex2mathml(node.astext(), as_block=block))
+        tex = re.sub(r'\\[bB]igg?[lr]?(?![a-z])', '', node.astext())  # MathML's brackets grow by themselves
+        made = tex2mathml(tex, as_block=block)
+        self.body.append(f'<div class="equation">{made}</div>' if block else made)
         raise nodes.SkipNode
     return visit
 
