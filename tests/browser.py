@@ -25,7 +25,8 @@ class Browser:
         to_read,self.out = os.pipe()
         self.inp,to_write = os.pipe()
         flags = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
-                 '--remote-debugging-pipe', f'--user-data-dir={self.profile.name}', '--no-first-run', '--disable-extensions', '--hide-scrollbars']
+                 '--remote-debugging-pipe', f'--user-data-dir={self.profile.name}', '--no-first-run',
+                 '--disable-extensions', '--hide-scrollbars']
         def where_chromium_looks():
             "In the child: the pipe as files 3 and 4"
             ends = [fcntl.fcntl(o, fcntl.F_DUPFD, 10) for o in (to_read,to_write)]
