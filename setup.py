@@ -9,10 +9,15 @@ cfg.read('settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 init = Path(cfg['lib_name'], '__init__.py').read_text(encoding='utf-8')
 
+readme = Path('README.md').read_text(encoding='utf-8')  # on PyPI its links and pictures are those of the repository
+home = 'https://github.com/ressl-fastai/ressl_fastai'
+def absolute(m): return f"{m[1]}{home}/{'raw' if m[1][0]=='!' else 'blob'}/main/"
+readme = re.sub(r'(!?\[[^\]]*\]\()(?!https?:)', absolute, readme)
+
 setup(
     version=re.search(r'^__version__ = "(.+)"$', init, flags=re.M)[1],
     description=cfg['description'],
-    long_description=Path('README.md').read_text(encoding='utf-8'),
+    long_description=readme,
     long_description_content_type='text/markdown',
     author=cfg['author'],
     license_expression=cfg['license'],

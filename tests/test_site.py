@@ -57,3 +57,26 @@ def test_the_alternative_text_of_a_figure_is_a_sentence_that_stands_before_it():
         'With several crops the student sees more.'
     options = {'echo':'false','fig-alt':'"views"'}
     assert build.directives('#| echo: false\n#| fig-alt: "views"\nx = 1') == (options, 'x = 1')
+
+def test_what_only_sets_up_stays_out_and_what_says_so_is_folded():
+    build = load('build')
+    assert build.shown({}, "plt.rcParams['figure.dpi'] = 60\nset_seed(1)") == ['remove-input']
+    assert build.shown({'echo':'false'}, 'x = 1') == ['remove-input']
+    assert build.shown({'code-fold':'true'}, 'x = 1') == ['hide-input']
+    assert build.shown({}, "set_seed(1)\nx = 1") == []
+
+def test_lines_of_losses_become_one_table_and_other_lines_stay():
+    build = load('build')
+    def line(*texts): return dict(output_type='stream', name='stdout', text=[f'{o}\n' for o in texts])
+    losses = [line("[0, 3.5, 2.25, 0.5, '00:03']"), line("[1, 3.25, 2.0, 0.75, '00:02']")]
+    made = build.with_tables([*losses, line('done')])
+    assert [o['output_type'] for o in made] == ['display_data','stream']
+    html = made[0]['data']['text/html']
+    assert html.count('<tr>')==3 and '<td>3.250</td>' in html and "<th>train_loss</th>" in html
+    assert build.with_tables([line('[0, 1]')]) == [line('[0, 1]')]
+
+def test_title_and_description_of_a_page():
+    build = load('build')
+    title,what = build.about('# Quickstart\n> From a folder\n> to a classifier.')
+    assert (title, what) == ('Quickstart','From a folder to a classifier.')
+    assert build.about('# losses\n\nThe loss.') == ('losses','The loss.')

@@ -2,12 +2,11 @@
 without Quarto: nbconvert writes the Markdown,
 pictures go to README_files/ beside it."""
 
-import re
+import posixpath, re
 from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
-from nbdev.config import get_config, nbpath2html
 
 
 def markdown(root, path, folder, keep):
@@ -19,8 +18,9 @@ def markdown(root, path, folder, keep):
     md, res = MarkdownExporter().from_notebook_node(
         nb, resources={'output_files_dir': 'README_files', 'unique_key': Path(path).stem}
     )
-    doc_url = get_config(root).doc_url
-    md = re.sub(r'\]\((?!https?:)([^)#]+\.ipynb)', lambda m: f"]({doc_url}{nbpath2html(m[1]).as_posix()}", md)
+    here = posixpath.dirname(path)
+    def at(m): return f"]({posixpath.relpath(posixpath.normpath(posixpath.join(here, m[1])), folder or '.')}"
+    md = re.sub(r'\]\((?!https?:|README_files)([^)#]+\.(?:ipynb|png))', at, md)  # to files, which need no site
     md = md.replace('```python\n\n```', '')  # cells that show only what they give
     md = re.sub(r'<style.*?</style>', '', md, flags=re.S)  # of tables; GitHub would show it as text
     md = re.sub(r'(<div>\s*)?<table.*?</table>(\s*</div>)?', pipes, md, flags=re.S)

@@ -7,7 +7,7 @@ Addresses and anchors are nbdev's (losses.html#ressl_loss), the order is that of
 lies
 the Markdown that llms.txt and the docstrings of the modules point to (losses.html.md)."""
 
-import html, json, re, shutil, subprocess, sys
+import ast, html, json, re, shutil, subprocess, sys
 from importlib import import_module
 from pathlib import Path
 
@@ -40,6 +40,39 @@ def directives(source):
     return found,re.sub(r'^#\|.*\n?', '', source, flags=re.M)
 
 
+def shown(options, source):
+    "What Sphinx makes of the code of a cell: it stays out if it says so or only sets up, or is folded"
+    sets_up = all(l.startswith(('plt.rcParams[','set_seed(')) for l in source.strip().splitlines())
+    if options.get('echo')=='false' or sets_up: return ['remove-input']
+    return ['hide-input'] if options.get('code-fold')=='true' else []
+
+
+def as_table(rows):
+    "Lines that fastai prints without a bar, `[epoch, losses, metrics, time]`, as a table"
+    rows = [ast.literal_eval(o) for o in rows]
+    names = ['epoch','train_loss','valid_loss',*['metric']*(len(rows[0])-4),'time']
+    def text(o): return f'{o:.3f}' if isinstance(o, float) else o
+    def cells(tag, row): return ''.join(f'<{tag}>{text(o)}</{tag}>' for o in row)
+    body = ''.join(f"<tr>{cells('td', o)}</tr>" for o in rows)
+    return f"<table><thead><tr>{cells('th', names)}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def with_tables(outputs):
+    "Outputs with consecutive lines of losses as one table"
+    res,rows = [],[]
+    def flush():
+        if rows: res.append(dict(output_type='display_data', metadata={}, data={'text/html':as_table(rows)}))
+        rows.clear()
+    for o in outputs:
+        lines = [l for l in ''.join(o.get('text', [])).splitlines() if l.strip()]
+        if lines and all(re.fullmatch(r"\[\d+, [-\d., e]+, '\d+:\d\d'\]", l) for l in lines): rows.extend(lines)
+        else:
+            flush()
+            res.append(o)
+    flush()
+    return res
+
+
 def first_sentence(text):
     "Of a paragraph, without Markdown's marks"
     plain = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', re.sub(r'[`*#>$]', '', text)).strip()
@@ -56,6 +89,14 @@ def text_of(output):
     "What a Markdown reader is shown of an output"
     data = output.get('data', {})
     return ''.join(output.get('text', []) or data.get('text/markdown', '') or data.get('text/plain', ''))
+
+
+def about(source):
+    "Title and description of a page, from its first cell"
+    title = re.search(r'^# (.+)', source, flags=re.M)
+    what = re.search(r'^> (.+(?:\n> .+)*)|^# .+\n\n(.+)', source, flags=re.M)
+    text = (what[1] or what[2]) if what else ''
+    return (title[1] if title else ''),text.replace('\n> ', ' ')
 
 
 def as_markdown(cells):
@@ -110,7 +151,7 @@ class Site:
             if o['output_type']=='execute_result': o['execution_count'] = None
             if 'text/markdown' in data: data['text/markdown'] = self.linked(''.join(data['text/markdown']), nb, page)
             res.append(o)
-        return res
+        return with_tables(res)
 
     def cell(self, cell, nb, page, before):
         "A cell of the page, None for what readers are not shown; `before` is the latest text"
@@ -122,7 +163,7 @@ class Site:
         if cell.cell_type=='markdown':
             return dict(cell_type='markdown', metadata={}, source=self.linked(source, nb, page))
         alt = options.get('fig-alt', '').strip('"') or first_sentence(before)
-        metadata = dict(tags=['remove-input'] if options.get('echo')=='false' else [], mystnb=dict(image=dict(alt=alt)))
+        metadata = dict(tags=shown(options, source), mystnb=dict(image=dict(alt=alt)))
         return dict(cell_type='code', metadata=metadata, execution_count=None, outputs=self.outputs(cell, nb, page),
                     source=source)
 
@@ -136,18 +177,22 @@ class Site:
             res.append(dict(made, id=f'c{i}'))
         return res
 
+    def sections(self):
+        "The notebooks of each section of the sidebar"
+        parts = yaml.safe_load((self.nbs/'sidebar.yml').read_text(encoding='utf-8'))
+        return {o['section']:o['contents'] for o in parts['website']['sidebar']['contents'] if isinstance(o, dict)}
+
     def contents(self):
         "The order of the pages, as Sphinx wants it, from the sidebar that Quarto uses"
-        parts = yaml.safe_load((self.nbs/'sidebar.yml').read_text(encoding='utf-8'))
-        parts = [o for o in parts['website']['sidebar']['contents'] if isinstance(o, dict)]
-        def tree(o):
-            head = f"```{{toctree}}\n:hidden:\n:caption: {o['section']}\n"
-            return '\n'.join([head, *map(self.pages.get, o['contents']), '```'])
-        listed = [p for o in parts for p in o['contents']]
+        sections = self.sections()
+        def tree(section, names):
+            head = f"```{{toctree}}\n:hidden:\n:caption: {section}\n"
+            return '\n'.join([head, *map(self.pages.get, names), '```'])
+        listed = [p for names in sections.values() for p in names]
         missing = sorted(self.pages.keys()-{*listed, 'index.ipynb'})
         if missing or len(listed)!=len(set(listed)):
             raise ValueError(f"nbs/sidebar.yml must list each page once, it lacks {missing}")
-        return '\n\n'.join(map(tree, parts))
+        return '\n\n'.join(tree(*o) for o in sections.items())
 
     def without_dead_anchors(self, cells, there):
         "Links to symbols that only other modules use lead to their page: they have no entry on it"
@@ -158,6 +203,18 @@ class Site:
         for c in cells:
             if c['cell_type']!='markdown': continue
             c['source'] = re.sub(r'\]\(([^)\s#]+)\.html#([^)\s]+)\)', at_least_the_page, c['source'])
+
+    def llms(self, pages, modules):
+        "llms.txt: what the package is, the quick start, the pages by purpose, and the modules as nbdev lists them"
+        head,_,listed = modules.partition('\n## ')
+        intro = '\n\n'.join(c['source'] for c in pages['index.ipynb'][:2])
+        quick = re.search(r'```python\n.*?```', intro, flags=re.S)[0]
+        parts = [head.strip(), about(pages['index.ipynb'][0]['source'])[1], '## Quick start', quick]
+        for section,names in self.sections().items():
+            found = [(nb, *about(pages[nb][0]['source'])) for nb in names if '/' in nb]
+            lines = [f'- [{title}]({self.url}{self.pages[nb]}.html.md): {what}' for nb,title,what in found]
+            if lines: parts += [f'## {section}', '\n'.join(lines)]
+        return '\n\n'.join(o for o in parts if o) + f'\n\n## {listed}'
 
     def write(self):
         "Pages for Sphinx, their Markdown beside them"
@@ -177,7 +234,9 @@ class Site:
             file.parent.mkdir(parents=True, exist_ok=True)
             made = dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)
             file.write_text(json.dumps(made), encoding='utf-8')
-        shutil.copy(self.nbs/'llms.txt', self.source/'_extra'/'llms.txt')
+        shutil.copytree(self.nbs/'images', self.source/'images')
+        modules = (self.nbs/'llms.txt').read_text(encoding='utf-8')
+        (self.source/'_extra'/'llms.txt').write_text(self.llms(pages, modules), encoding='utf-8')
         shutil.copy(here/'conf.py', self.source/'conf.py')
         shutil.copytree(here/'static', self.source/'_static')
 
