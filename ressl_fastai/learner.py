@@ -12,20 +12,23 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/learner.html.md"""
 __all__ = ['ReSSLLearner', 'ressl_learner']
 
 # %% ../nbs/28_learner.ipynb #bce794fb
+from contextlib import contextmanager
+
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.torch_core import TensorCategory, get_model
+from fastai.torch_core import TensorCategory, get_model, num_distrib
 from fastai.vision.core import imagenet_stats
-from fastcore.basics import first, ifnone, listify, patch
+from fastcore.basics import first, ifnone, listify, noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from . import views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_views, resized_views
+from .distributed import ranks_of, training_together
 from .evaluate import KNNAccuracy, embedding_loss
 from .feature_queue import default_queue_size
 from .files import check_writable, make_folder
@@ -78,7 +81,24 @@ class ReSSLLearner(Learner):
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
         "As in fastai, and no trace of it is left but the curve in `learn.recorder`"
-        with unchanged(self): return super().lr_find(**kwargs)
+        with unchanged(self):
+            if ranks_of(self).size>1: self.save = noop  # what the curve changes comes back anyway, and not by a file
+            return super().lr_find(**kwargs)
+
+    @contextmanager
+    def distrib_ctx(self,
+        sync_bn:bool=True, # Whether plain batch norm takes its statistics from the batches of all processes
+        in_notebook:bool=False, # As in fastai; not needed
+        **kwargs # Passed on to PyTorch's `DistributedDataParallel`
+    ):
+        "As in fastai: inside, the processes that a launcher has started train one model; one process alone trains"
+        if num_distrib()<2: yield self
+        else:
+            with training_together(self, sync_bn, **kwargs): yield self
+
+    def to_detach(self, b, cpu=True, gather=True):
+        "As in fastai; other processes are asked inside `distrib_ctx` alone"
+        return ranks_of(self).to_detach(self, b, cpu, gather)
 
     def _clean(self, ds_idx, dl): return clean_dl(self.dls.train) if dl is None and ds_idx==0 else dl
 
