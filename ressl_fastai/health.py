@@ -98,8 +98,9 @@ def teacher_distance(
 def _finite(m): return all(p.isfinite().all() for p in m.parameters())
 
 def _why_nan(learn, net):
-    "What is not finite, from the input on"
-    if not all(x.isfinite().all() for x in (*learn.xb, learn.ressl.x_teacher)):
+    "What is not finite, from the input on, in any process"
+    def finite(*xs): return ranks_of(learn).all(torch.stack([x.isfinite().all() for x in xs]).all())
+    if not finite(*learn.xb, learn.ressl.x_teacher):
         return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
     for nm,m in (('student',nn.Sequential(net.student, net.predictor)), ('teacher',net.teacher)):
         if not _finite(m): return (f"The weights of the {nm} are not finite: load an earlier checkpoint and go on "
@@ -107,19 +108,19 @@ def _why_nan(learn, net):
     if not net.queue.feats.isfinite().all():
         return ("The queue holds embeddings that are not finite: `learn.model.queue.count.zero_()` has it filled anew "
                 "at the next fit.")
-    if not learn.ressl.z_teacher.isfinite().all():
+    if not finite(learn.ressl.z_teacher):
         return ("The network overflows in the teacher: try to_bf16 or to_fp32 in place of to_fp16, or a lower "
                 "learning rate.")
     return ("The network overflows in the student: try a lower learning rate, GradientClip, or to_bf16 or to_fp32 "
             "in place of to_fp16.")
 
-def _why_not(net, loss):
-    "What is not finite behind a finite loss"
-    for nm,b in net.named_buffers():
-        if not b.isfinite().all():
-            return f"the loss is {loss:.3g}, but {nm} overflows: look for images with very large values in this batch."
+def _why_not(learn, net):
+    "What is not finite behind a finite loss, in any process"
+    bad = [nm for nm,b in net.named_buffers() if not b.isfinite().all()]
+    bad = first(o[0] for o in ranks_of(learn).every(bad) if o)
+    if bad: return f"{bad} overflows: look for images with very large values in this batch."
     bad = first(nm for nm,p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    return (f"the loss is {loss:.3g}, but the gradient of {bad or 'the weights'} is not finite: "
+    return (f"the gradient of {bad or 'the weights'} is not finite: "
             "try precision='float32', a lower learning rate, or GradientClip.")
 
 _words = dict(
@@ -190,9 +191,8 @@ class Guard(Callback):
         if not self.active: return
         net = get_model(self.learn.model)
         if not _get(self.finite):
-            loss = self.learn.loss.item()
-            why = '' if math.isfinite(loss) else f"the loss is {loss}. {_why_nan(self.learn, net)}"
-            return self._undo(f"{self._first(why)} This step was not taken.")
+            loss = sum(ranks_of(self.learn).every(self.learn.loss.item()))
+            return self._undo(f"the loss is {loss}. {_why_nan(self.learn, net)} This step was not taken.")
         self._judge()
         if not all(math.isfinite(h['lr']) for h in self.learn.opt.hypers):
             lr = self.learn.opt.hypers[-1]['lr']
@@ -218,12 +218,8 @@ class Guard(Callback):
         if whole is None: return
         if _get(whole): self.good,self.latest = self.latest,self.good
         else:
-            why = _why_not(get_model(self.learn.model), self.learn.loss.item())
-            self._undo(f"{self._first(why)} This gradient was not used.")
-
-    def _first(self, why):
-        "Of several processes, the reason of the first that has one"
-        return first(o for o in ranks_of(self.learn).every(why) if o)
+            why = _why_not(self.learn, get_model(self.learn.model))
+            self._undo(f"the loss is {self.learn.loss.item():.3g}, but {why} This gradient was not used.")
 
     def _undo(self, text):
         if self.action=='stop': _copy(self.statistics, self.good)

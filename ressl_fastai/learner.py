@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -76,6 +77,8 @@ class ReSSLLearner(Learner):
             folder = (self.path/self.model_dir/cb.fname).parent
             check_writable(folder)
             make_folder(folder)  # fastai makes no folders in names
+        for cb in L(cbs):  # fastai counts the batches of an epoch as if this process had them all
+            if isinstance(cb, LRFinder): n_epoch = cb.num_it*ranks_of(self).size//len(self.dls.train) + 1
         super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     @delegates(Learner.lr_find)

@@ -72,7 +72,8 @@ def _curve(f): return [f(i/4) for i in range(5)] if callable(f) else f
 
 # %% ../nbs/25_same_fit.ipynb #c7a00016
 def _layers(mlp):
-    def one(m): return type(m).__name__+(f'({m.out_features})' if hasattr(m, 'out_features') else '')
+    def kind(m): return m._was if isinstance(m, nn.SyncBatchNorm) and hasattr(m, '_was') else type(m)
+    def one(m): return kind(m).__name__+(f'({m.out_features})' if hasattr(m, 'out_features') else '')
     return ' '.join(map(one, mlp))
 
 def _batch_norm_parts(net, size):
