@@ -29,8 +29,8 @@ _loading = 'loading PyTorch and fastai ...' if _at_terminal() and Path(sys.argv[
 if _loading: print(_loading, end='\r', flush=True)
 
 # %% ../nbs/40_cli.ipynb #17a0ea39
-import json, re, shlex, shutil, traceback, warnings
-from contextlib import contextmanager, nullcontext, suppress
+import json, os, re, shlex, shutil, traceback, warnings
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -49,8 +49,8 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import fit_one_cycle  # puts it on Learner
 from fastai.learner import Learner
-from fastai.torch_core import no_random, set_seed
-from fastcore.basics import noop
+from fastai.torch_core import no_random, num_distrib, rank_distrib, set_seed
+from fastcore.basics import defaults as machine, noop
 from fastcore.script import CliError, call_parse
 from pandas import DataFrame
 
@@ -58,6 +58,7 @@ from . import __version__
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls, encoded_targets, find_data, folder_dls, free_memory
+from .distributed import join_processes, ranks_of
 from .evaluate import (KNNAccuracy, knn_accuracy, linear_accuracy, pixel_features,
                                    principal_components)
 from .files import check_writable, hold, make_folder, to_disk, write_text, write_torch, writing
@@ -194,19 +195,26 @@ def _show_warning(message, *args, **kwargs):
     print(message, file=sys.stderr)
 
 @contextmanager
+def _others_silent():
+    "Of several processes one talks"
+    if not rank_distrib(): yield
+    else:
+        with open(os.devnull, 'w') as nothing, redirect_stdout(nothing): yield
+
+@contextmanager
 def _in_one_sentence(command):
     "Errors inside become a `CliError`; set `folder` of what is given when there is one"
-    run,out = SimpleNamespace(folder=None),sys.stdout
+    run,out = SimpleNamespace(folder=None, lock=None),sys.stdout
     errors = getattr(out, 'errors', None)
     if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _others_silent():
             warnings.filterwarnings('ignore', module=r'(PIL|matplotlib|numpy|sklearn|torch|torchvision)\b')
             warnings.showwarning = _show_warning
             yield run
     except CliError: raise
     except KeyboardInterrupt as e:
-        print(f'\n{command}: interrupted; {_what_is_kept(run.folder)}', file=sys.stderr)
+        if not rank_distrib(): print(f'\n{command}: interrupted; {_what_is_kept(run.folder)}', file=sys.stderr)
         raise Interrupted(130) from e
     except Exception as e: raise CliError(_sentence(command, e)) from e
     finally:
@@ -326,7 +334,7 @@ def ressl_pretrain(
     arch:str=None, # torchvision, fastai or timm model; resnet18 if not given, small_resnet for digits
     size:int=None, # Side of the images in pixels; 64 if not given, 16 for digits
     epochs:int=None, # Passes over the images; 100 if not given, 15 for digits
-    bs:int=None, # Images in a batch; 64 if not given, 32 for digits
+    bs:int=None, # Images in a batch, of all processes together; 64 if not given, 32 for digits
     lr:float=None, # Highest learning rate of the one-cycle schedule; 0.001 if not given, 0.002 for digits
     min_scale:float=None, # Smallest share of an image that a view shows; 0.2 if not given, 0.7 for digits
     flip_p:float=None, # Probability of a horizontal flip; 0.5 if not given, 0 for digits
@@ -352,18 +360,29 @@ def ressl_pretrain(
     usual = {} if recipe is not None else digits_defaults if data=='digits' else defaults
     args = {k:usual.get(k) if v is None else v for k,v in args.items()}
     with _in_one_sentence('ressl_pretrain') as run:
+        join_processes()
         out = _wished(out, data)
         learn,fit,chosen = _set_up(data, **args)
         config = _config(learn, data, {**args, **chosen, 'queue_size':learn.model.queue.size})
-        run.folder,lock = _claim(out, config)
-        try: _run(learn, fit, run.folder, config, lock, not no_report)
-        except Exception:
-            if not any((run.folder/'checkpoint').glob('*.pth')): _undo(run.folder)
-            raise
+        with learn.distrib_ctx(): _run(learn, fit, out, config, run)
+        if rank_distrib(): return
+        os.environ.pop('WORLD_SIZE', None)  # from here on this process is alone, for fastai too
+        _write_results(learn, run, config, not no_report)
 
 # %% ../nbs/40_cli.ipynb #59ea59be
 _in_memory = 2**31  # bytes of decoded images that are kept there, so that no image is opened twice
 _in_batch = 2**33  # bytes of a batch of images
+
+def _local():
+    "Processes of this training on this machine"
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+def _share(bs):
+    "Images of each process in a batch"
+    n = num_distrib() or 1
+    if bs%n or bs<2*n: raise ValueError(
+        f"bs={bs} images must be equal shares of at least two for {n} processes: use a multiple of {n}")
+    return bs//n
 
 def _digits_dls(size, bs):
     if 2<=size<=512: return digits_dls(size, bs)
@@ -380,7 +399,7 @@ def _dls(data, size, bs, gray, **kwargs):
 
 def _decoded(dls, size, gray):
     "All images in memory if they take no more than 2 GB of it, and a quarter of what is free"
-    n,free = sum(dl.n for dl in dls),free_memory()
+    n,free = _local()*sum(dl.n for dl in dls),free_memory()
     if getattr(dls.train, 'images', None) is not None: return dls
     if n*size**2*(1 if gray else 3)>min(_in_memory, free//4 if free else _in_memory): return dls
     _talk(f"decoding {n:,} images to {size} x {size} pixels")
@@ -389,6 +408,7 @@ def _decoded(dls, size, gray):
 def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur_p, infonce_epochs, pretrained, gray,
             valid_pct, skip_bad, num_workers, seed, **kwargs):
     "The learner, how to fit it, and what was chosen for it, before anything is trained or written"
+    if num_workers is None and _local()>1: num_workers = machine.cpus//_local()
     how = dict(valid_pct=valid_pct, num_workers=num_workers, seed=seed)
     _check_numbers(size=size, epochs=epochs, bs=bs, lr=lr, min_scale=min_scale, infonce_epochs=infonce_epochs, **how,
                    **{k:v for k,v in kwargs.items() if k in _limits})
@@ -403,7 +423,7 @@ def _set_up(data, *, recipe, arch, size, epochs, bs, lr, min_scale, flip_p, blur
     weak = weak_tfms(size, scale, flip_p=flip_p)
     strong = strong_tfms(size, scale, flip_p=flip_p, blur_p=blur_p)
     set_seed(seed, reproducible=True)
-    dls = _decoded(_dls(data, size, bs, **how), size, gray)
+    dls = _decoded(_dls(data, size, _share(bs), **how), size, gray)
     learn = ressl_learner(dls, arch, pretrained=pretrained, weak_tfms=weak, strong_tfms=strong, lr=lr, **kwargs)
     return learn,partial(learn.fit_one_cycle, epochs),{}
 
@@ -416,7 +436,7 @@ def _from_recipe(name, data, how, pretrained, **given):
     if r.n_epoch<=r.warmup_epochs: raise ValueError(
         f"epochs must be more than {r.warmup_epochs}, in which the learning rate of {name} rises, got {r.n_epoch}")
     set_seed(how['seed'], reproducible=True)
-    dls = _decoded(_dls(data, r.size, r.bs, **how), r.size, how['gray'])
+    dls = _decoded(_dls(data, r.size, _share(r.bs), **how), r.size, how['gray'])
     if wrong := recipe_misfits(r, dls):
         flags = ' '.join(f'--{k}={v}'.replace('_', '-') for k,(_,v) in wrong.items())
         what = '; '.join(what for what,_ in wrong.values())
@@ -439,50 +459,67 @@ def _config(learn, data, args):
 
 def _fit(learn, fit):
     "With fastai's bars in a terminal, else with a line for each epoch"
-    if _at_terminal(): return fit()
+    if _at_terminal() or rank_distrib(): return fit()
     learn.logger = _print_row
     _print_row(['epoch', 'train_loss', 'valid_loss', *learn.metrics.attrgot('name'), 'effective_rank', 'time'])
     with learn.no_bar(): fit()
 
-def _run(learn, fit, out, config, lock=None, report=True):
-    "Train `learn`, or go on with it, and write everything to `out`"
-    learn.path,learn.model_dir,kept = out,Path('.'),out/'checkpoint'
+_show = partial(print, flush=True)
+
+def _begin(learn, out, config, run):
+    "The folder, what stands in it before training, and what is said of the run"
+    run.folder,run.lock = _claim(out, config)
+    out,dls,kept = run.folder,learn.dls,run.folder/'checkpoint'
     make_folder(kept)  # as long as it is there, the run is not at its end
     _write_json(out/'config.json', config)
     plt.switch_backend('agg')
     learn.show_views()
     with writing(out/'views.png') as f: plt.savefig(f, format='png')
     plt.close()
-    dls,how,show = learn.dls,f"{config['arch']} at {config['size']} pixels",partial(print, flush=True)
-    show(f"{dls.train.n} images for training, {dls.valid.n} held out; {how}; results in {out}/")
-    if not any(kept.glob('*.pth')):  # a run that is continued is known to be long
-        if text := _before_long(learn, config['size'], config['epochs'], config['bs']): show(text)
-    labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
-    if labelled:
-        pixels,random_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)
-        show(f"kNN accuracy of raw pixels: {pixels:.4f}; the column knn_accuracy is that of the encoder")
-    learn.add_cbs([HealthMonitor('effective_rank'), CSVLogger(), _TimeLeft()])
-    _fit(learn, partial(fit, cbs=Checkpoint(kept.name)))
-    if learn.guard.alarms: raise CliError(f'ressl_pretrain: {learn.guard.alarms[-1]}')
+    how = f"{config['arch']} at {config['size']} pixels{f', {num_distrib()} processes' if num_distrib()>1 else ''}"
+    _show(f"{dls.train.n} images for training, {dls.valid.n} held out; {how}; results in {out}/")
+    if num_distrib()<2 and not any(kept.glob('*.pth')):  # a run that is continued is known to be long
+        if text := _before_long(learn, config['size'], config['epochs'], config['bs']): _show(text)
+    run.labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
+    if run.labelled:
+        run.pixels,run.random_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)
+        _show(f"kNN accuracy of raw pixels: {run.pixels:.4f}; the column knn_accuracy is that of the encoder")
+    return run.folder
+
+def _run(learn, fit, out, config, run):
+    "Train `learn`, or go on with it; of several processes the first writes"
+    try:
+        run.folder = ranks_of(learn).from_rank0(lambda: _begin(learn, out, config, run))
+        learn.path,learn.model_dir = run.folder,Path('.')
+        learn.add_cbs([HealthMonitor('effective_rank'), CSVLogger(), _TimeLeft()])
+        _fit(learn, partial(fit, cbs=Checkpoint('checkpoint')))
+        if learn.guard.alarms: raise CliError(f'ressl_pretrain: {learn.guard.alarms[-1]}')
+    except Exception:
+        if run.folder and not rank_distrib() and not any((run.folder/'checkpoint').glob('*.pth')): _undo(run.folder)
+        raise
+
+def _write_results(learn, run, config, report=True):
+    "Encoder, curves, accuracies and report"
+    out,dls = run.folder,learn.dls
     learn.save_encoder('encoder')
     history = learn.csv_logger.read_log()
     _save_curves(history, out/'curves.png')
-    show(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}")
-    show(f"repeat:   {config['command']}")
-    if labelled:
+    _show(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}")
+    _show(f"repeat:   {config['command']}")
+    if run.labelled:
         _talk(f"embedding {dls.train.n+dls.valid.n:,} images with a random encoder")
-        random = _knn(partial(_embedded, random_learn), dls)
-        config['knn_accuracy'] = {'raw pixels':pixels, 'random encoder':random,
+        random = _knn(partial(_embedded, run.random_learn), dls)
+        config['knn_accuracy'] = {'raw pixels':run.pixels, 'random encoder':random,
                                   'pretrained encoder':float(history.knn_accuracy.iloc[-1])}
         print(f"\nkNN accuracy on the {dls.valid.n} held-out images")
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
         _write_json(out/'config.json', config)
     if report:
-        show(f"\nreport:   {out/'report.html'}, which takes up to a minute")
+        _show(f"\nreport:   {out/'report.html'}, which takes up to a minute")
         learn.report(command=config['command'])
     to_disk(out/'history.csv')
-    if lock: lock.close()
-    _delete_checkpoint(kept)  # everything else is on the disk now
+    if run.lock: run.lock.close()
+    _delete_checkpoint(out/'checkpoint')  # everything else is on the disk now
 
 # %% ../nbs/40_cli.ipynb #12ae0007
 def encoder_file(

@@ -181,7 +181,8 @@ class Broken:
     def __call__(self, x):
         self.n += 1
         x = weak(x)
-        if self.n==6 and os.environ.get('RANK')=='1': x[0,0,0,0] = torch.nan  # one to try its size, two to fill the queue
+        # the first tries its size, two fill the queue
+        if self.n==6 and os.environ.get('RANK')=='1': x[0,0,0,0] = torch.nan
         return x
 
 def guarded():
