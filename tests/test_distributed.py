@@ -1,11 +1,12 @@
 """Several processes train as one does that has their batches together. Each idea that this takes is left out once,
 and is missed. Many cases run in each group of processes, since starting them costs most."""
 
-import copy, io, math, os, random, shutil
+import copy, io, math, os, random, shutil, subprocess, sys
 from contextlib import redirect_stdout
 from functools import partial
+from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import distributed_kill, numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import lr_find
@@ -413,3 +414,15 @@ def test_one_process_has_no_ranks():
         learn.fit(1)
         assert not hasattr(learn, 'ranks') and type(learn.model) is ReSSLModel
     assert ranks_of(learn) is distributed.alone
+
+def test_a_killed_process_ends_the_job_and_the_restarted_one_arrives(tmp_path):
+    folders = [tmp_path/'whole',tmp_path/'killed']
+    for o in folders: o.mkdir()
+    together(2, distributed_kill.train, folders[0])
+    how = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1',
+           '--monitor-interval=0.2', distributed_kill.__file__, str(folders[1])]
+    path = os.pathsep.join(filter(None, [str(Path(distributed.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
+    done = subprocess.run(how, capture_output=True, text=True, timeout=600, env={**os.environ, 'PYTHONPATH':path})
+    assert done.returncode==0, done.stderr
+    assert 'local_rank: 1' in done.stderr and 'continuing from' in done.stdout
+    assert distance(*(torch.load(o/'weights.pth') for o in folders))==0
