@@ -84,7 +84,7 @@ def main(seeds, epochs, only):
                 start = time.process_time()
                 with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3)
                 seconds = time.process_time()-start
-                train,valid = embed(learn, dls.train),embed(learn)
+                train,valid = embed(learn, dls.train),embed(learn, learn.dls.valid)
                 receipt('crops', seed, way=way, images=dls.train.n, held_out=dls.valid.n, epochs=epochs, view_size=size,
                         knn=round(float(knn_accuracy(*train, *valid, k=5)), 4),
                         ten_labels=round(ten_labels(train, valid, seed), 4),

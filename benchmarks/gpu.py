@@ -24,6 +24,7 @@ limits = dict(
     env=40,
     syncs=60,
     step=115,
+    host=40,
     equal=90,
     tests=90,
     resume=90,
@@ -35,7 +36,7 @@ limits = dict(
     views=40,
     peer=45,
 )
-alone = ('env','syncs','step','loss','views','knn','peer')
+alone = ('env','syncs','step','host','loss','views','knn','peer')
 total = 345  # seconds for all, with what starting takes
 
 def section(name, out, tiny):
@@ -175,13 +176,14 @@ def where_it_waits(learn, n):
         warnings.showwarning = note if start else old
         warnings.simplefilter('always' if start else 'ignore')
         torch.cuda.set_sync_debug_mode('warn' if start else 'default')
-    steps_of(learn, n, on=on)
+    steps_of(learn, n, skip=6 if TINY else 12, on=on)
     return {k:v/n for k,v in found.most_common(20)}
 
 def ten_steps(learn, bar=False):
     "Ten steps in which waiting is an error"
     def on(start): CUDA and torch.cuda.set_sync_debug_mode('error' if start else 'default')
-    try: steps_of(learn, 2 if TINY else 10, skip=2 if TINY else 6, on=on)
+    # `Guard` looks at steps 10, 20, 40 and 50, and waits for what it sees
+    try: steps_of(learn, 2 if TINY else 10, skip=2 if TINY else 22, on=on)
     finally: on(False)
     return dict(waits=0)
 
@@ -189,7 +191,7 @@ def counted(learn, n):
     "Launches, copies and waits of a step, and what the device itself takes"
     from torch.profiler import ProfilerActivity, profile
     p = profile(activities=[ProfilerActivity.CPU]+[ProfilerActivity.CUDA]*CUDA)
-    ms = 1e3*steps_of(learn, n, skip=2 if TINY else 6, on=lambda start: p.start() if start else p.stop())
+    ms = 1e3*steps_of(learn, n, skip=2 if TINY else 12, on=lambda start: p.start() if start else p.stop())
     events = p.key_averages()
     def device(e): return getattr(e, 'self_device_time_total', 0)
 
@@ -215,7 +217,7 @@ def run_syncs(say):
     from ressl_fastai import data
     for case,size,bs in (('r18',32,256), ('r50',224,128)) if not TINY else (('small',8,8),):
         n = 5 if not TINY else 2
-        learn = make(archs()[case], size, bs, 4*n+10)
+        learn = make(archs()[case], size, bs, 34 if not TINY else 18)
         say(case=case, size=size, bs=bs, dl=repr(learn.dls.train), learner=repr(learn))
         attempt(say, partial(ten_steps, learn), case=case, size=size, what='ten steps')
         if CUDA: attempt(say, lambda: dict(where=where_it_waits(learn, n)), case=case, size=size, what='waits per step')
@@ -224,11 +226,24 @@ def run_syncs(say):
     try:
         attempt(
             say,
-            lambda: ten_steps(make(archs()['small'], 8 if TINY else 32, 8 if TINY else 64, 20)),
+            lambda: ten_steps(make(archs()['small'], 8 if TINY else 32, 8 if TINY else 64, 34)),
             case='small',
             what='ten steps, images on the host',
         )
     finally: data._free = free
+
+def run_host(say):
+    "Where Python spends a step: milliseconds by function, its own and with what it calls"
+    import cProfile, pstats
+    for case,size,bs,n in (('small',32,64,40), ('r18',32,256,30)) if not TINY else (('small',8,8,3),):
+        learn,p = make(archs()[case], size, bs, n+20),cProfile.Profile()
+        steps_of(learn, 3, skip=4)
+        ms = 1e3*steps_of(learn, n, skip=10, on=lambda start: p.enable() if start else p.disable())
+        stats = pstats.Stats(p).stats
+        def top(i, k): return [
+            [f'{Path(f).name}:{line}:{nm}', round(v[0]/n, 1), round(1e3*v[i]/n, 3)]
+            for (f,line,nm),v in sorted(stats.items(), key=lambda o: -o[1][i])[:k]]
+        say(case=case, size=size, bs=bs, profiled_ms=round(ms, 2), own=top(2, 40), with_calls=top(3, 70))
 
 class Floor:
     "Networks and a plain optimizer on ready tensors"

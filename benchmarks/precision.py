@@ -125,7 +125,7 @@ def knn(nm, seed):
         )
         start = time.process_time()
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(data[nm]['epochs'], 2e-3)
-        seconds,(tx,ty),(vx,vy) = time.process_time()-start,embed(learn, learn.dls.train),embed(learn)
+        seconds,(tx,ty),(vx,vy) = time.process_time()-start,embed(learn, learn.dls.train),embed(learn, learn.dls.valid)
         receipt(
             'precision',
             seed,

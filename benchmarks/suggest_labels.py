@@ -55,7 +55,7 @@ def pretrained(data, seed, folder=Path('/tmp/suggest_labels')):
         metrics=[],
     )
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(setup['epochs'], 2e-3)
-    found = dict(train=embed(learn, learn.dls.train), valid=embed(learn), seconds=time.time()-start)
+    found = dict(train=embed(learn, learn.dls.train), valid=embed(learn, learn.dls.valid), seconds=time.time()-start)
     folder.mkdir(exist_ok=True)
     torch.save(found, file)
     return found

@@ -88,7 +88,7 @@ def run(data, nm, seed):
     if fill: learn.ressl._fill_queue = partial(fill, learn.ressl)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs[data], 2e-3)
     seconds = time.time()-start
-    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
+    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn, learn.dls.valid)
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(tx, ty)
     return dict(
         knn=round(knn_accuracy(tx, ty, vx, vy), 4), linear=round(linear.score(vx, vy), 4), seconds=round(seconds, 1)

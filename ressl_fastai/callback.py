@@ -113,7 +113,8 @@ class OnItsWay:
 class ReSSL(Callback):
     "Relational self-supervised learning (2107.09282) of a `ReSSLModel`"
     order,name = MixedPrecision.order-1,'ressl'
-    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full','sent_loss')
+    _stateattrs = ('train_dl','normalize','x_teacher','z_teacher','keys','old_loss','checked','full','sent_loss',
+                   'followed')
     def __init__(self,
         weak_tfms, # Callable from a batch of images in [0, 1] to views for the teacher
         strong_tfms, # Likewise for the student, or a list of them: one view of each image from each
@@ -140,7 +141,7 @@ class ReSSL(Callback):
 
     def _reset(self):
         self.train_dl = self.normalize = self.x_teacher = self.z_teacher = self.old_loss = self.sent_loss = None
-        self.keys,self.checked,self.full = [],False,False
+        self.keys,self.checked,self.full,self.followed = [],False,False,None
 
     @property
     def net(self): return get_model(self.learn.model)
@@ -186,6 +187,8 @@ class ReSSL(Callback):
             if len(self.train_dl)==0: raise ValueError(
                 f"the training set of {len(dl.dataset)} images gives no batch of bs={dl.bs}: use a smaller bs")
         self.learn.dl = self.train_dl
+        # found once: at each step a search for parameters would take a GPU's host longer than the update
+        self.followed = [list(o.parameters()) for o in (self.net.teacher, self.net.student)]
         if self.net.queue.count==0: self._fill_queue()
         # asked once: a GPU's host would wait for the answer at each step
         self.full = len(self.net.queue.filled)==self.net.queue.size
@@ -272,7 +275,7 @@ class ReSSL(Callback):
         "The teacher follows, then the embeddings of all batches since the last step join the queue"
         if not self.keys: return
         self.trained = self.trained or not hasattr(self.learn, 'lr_finder')
-        update_teacher(self.net.teacher, self.net.student, scheduled(self.teacher_momentum, self.progress))
+        update_teacher(*self.followed, scheduled(self.teacher_momentum, self.progress))
         self.net.queue.enqueue(torch.cat(self.keys))
         self.keys = []
 

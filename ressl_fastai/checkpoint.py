@@ -76,7 +76,6 @@ class Checkpoint(Callback):
         # fastai locks for `validate` and `get_preds`
         self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
         if not self.run: return
-
         for cb in L(self._go_on()).sorted('order'): cb('before_fit')  # a fit before was interrupted while they paused
         self._reset()
         folder = Path(self.folder)
@@ -188,6 +187,6 @@ class Checkpoint(Callback):
     def _say_what_is_lost(self):
         "Once, of callbacks that are the user's own"
         mine = [cb for cb in self.learn.cbs if not is_library(type(cb).__module__)]
-        new = {f'{type(cb).__name__}.{k} ({why})' for cb in mine for k,why in memory_of(cb)[1].items()}-self.lost
+        new = {f'{type(cb).__name__}.{k} ({why})' for cb in mine for k,why in memory_of(cb, net=get_model(self.learn.model))[1].items()}-self.lost
         self.lost |= new
         if new: self._say(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")

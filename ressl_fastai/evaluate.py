@@ -82,8 +82,10 @@ def _part(model, teacher, projected):
 
 def _check_images(dl, learn):
     "Refuse what holds no images, and say where some are"
-    if dl.n==0: raise ValueError(f"{'the validation set' if dl is learn.dls.valid else 'dl'} is empty: give other "
-        "images, such as learn.dls.train, or new ones with learn.dls.test_dl(files)")
+    if dl.n: return
+    nm = {id(learn.dls.valid):'the validation set', id(learn.dls.train):'the training set'}.get(id(dl), 'dl')
+    raise ValueError(f"{nm} is empty: give other images, such as learn.dls.train, or new ones with "
+                     "learn.dls.test_dl(files)")
 
 # %% ../nbs/15_evaluate.ipynb #6e0a0001
 class _LateBar(Callback):
@@ -99,13 +101,13 @@ class _LateBar(Callback):
 
 def embed(
     learn:Learner, # A `ressl_learner`, or what `load_learner` makes of its export
-    dl:DataLoader=None, # Images to embed; default: the validation set
+    dl:DataLoader=None, # Images to embed; default: the training set
     teacher:bool=False, # As in `Learner.embed`
     projected:bool=False, # As in `Learner.embed`
     cbs=None # Callbacks of the learner that goes through the images
 ) -> tuple: # As from `Learner.embed`
     "`learn.embed()` without keeping anything, for other modules: computed anew in every call"
-    net,dl = _part(get_model(learn.model), teacher, projected),ifnone(dl, learn.dls.valid)
+    net,dl = _part(get_model(learn.model), teacher, projected),ifnone(dl, learn.dls.train)
     _check_images(dl, learn)
     _check_normalize(dl, learn.dls.train)
     probe = Learner(learn.dls, net, loss_func=embedding_loss, cbs=cbs)

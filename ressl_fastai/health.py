@@ -37,6 +37,7 @@ from .distributed import ranks_of
 from .losses import relation, ressl_loss
 from .loaders import clean_dl
 from .models import evaluating
+from .optimizer import FusedAdam
 
 # %% ../nbs/23_health.ipynb #h8entropy
 def entropy(
@@ -146,11 +147,13 @@ def _get(o): return o.get() if isinstance(o, OnItsWay) else o
 def _size_of_weights(net):
     "Root mean square of what is trained, without biases and batch norms"
     ws = [p for p in net.parameters() if p.requires_grad and p.ndim>1]
-    return math.sqrt(sum(w.float().square().sum().item() for w in ws)/max(1, sum(w.numel() for w in ws)))
+    return float(_norm(ws))/math.sqrt(sum(w.numel() for w in ws)) if ws else 0.
 
 @torch.no_grad()
 def _copy(to, of):
-    if to: torch._foreach_copy_(to, of)
+    "One launch for each dtype: of a mixture torch copies tensor by tensor"
+    for dtype in {o.dtype for o in to}:
+        torch._foreach_copy_(*([o for o in os if o.dtype==dtype] for os in (to, of)))
 
 class Guard(Callback):
     "Stops a training that has gone wrong (NaN, collapse, exploding weights, a dead queue) and says what to try"
@@ -197,7 +200,7 @@ class Guard(Callback):
         if not all(math.isfinite(h['lr']) for h in self.learn.opt.hypers):
             lr = self.learn.opt.hypers[-1]['lr']
             return self._undo(f"the learning rate is {lr}: it must be a finite number. This step was not taken.")
-        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        grads = [p.grad for ps in self.learn.opt.param_lists for p in ps if p.grad is not None]
         floats = [b for b in self.statistics if b.is_floating_point()]
         mixed = getattr(self.learn, 'mixed_precision', None)
         scaled = mixed is not None and mixed.amp_mode==AMPMode.FP16  # its scaler looks at the gradients
@@ -206,11 +209,17 @@ class Guard(Callback):
         else: whole = self.learn.loss.new_tensor(True)
         _copy(self.latest, self.statistics)
         whole = ranks_of(self.learn).all(whole)
-        if whole.is_cuda:  # a GPU says so one step later: what is not finite becomes 0 until then
-            for g in [] if scaled else grads: g.masked_fill_(~whole, 0)
+        if whole.is_cuda:  # a GPU says so one step later; until then
+            if not scaled: self._skip_unless(whole, grads)
             whole = OnItsWay(whole)
         self.whole = whole
         if not isinstance(whole, OnItsWay): self._judge()
+
+    def _skip_unless(self, whole, grads):
+        "No step where `whole` will turn out to be false: our optimizer is told so, for others the gradients become 0"
+        if isinstance(self.learn.opt, FusedAdam): self.learn.opt.skip = ~whole
+        else:
+            for g in grads: g.masked_fill_(~whole, 0)
 
     def _judge(self):
         "The statistics of the latest batch are good ones, if they and the gradients were finite"

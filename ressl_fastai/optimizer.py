@@ -27,6 +27,7 @@ from torch.optim.adamw import adamw
 class FusedAdam(Optimizer):
     "fastai's `Adam` in few launches"
     fused_on = 'cuda',  # types of devices
+    skip = None  # of the next step alone: a bool on the parameters' device, true where it must change nothing
     def __init__(self,
         params, # Parameters, or a list of them for each group
         lr:float, # Learning rate, > 0
@@ -44,6 +45,7 @@ class FusedAdam(Optimizer):
             for p in ps: p.grad = None
 
     def step(self, closure=None):
+        skip,self.skip = self.skip,None
         groups = defaultdict(list)
         for ps,h in zip(self.param_lists, self.hypers):
             for p in ps:
@@ -52,11 +54,12 @@ class FusedAdam(Optimizer):
                 wd = h['wd'] if self.state[p].get('do_wd', True) else 0.
                 groups[h['lr'],h['mom'],h['sqr_mom'],h['eps'],wd].append(p)
         for (lr,mom,sqr_mom,eps,wd),ps in groups.items():
-            self._step(ps, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps, weight_decay=wd)
+            self._step(ps, skip, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps, weight_decay=wd)
 
     @torch.no_grad()
-    def _step(self, ps, **hypers):
+    def _step(self, ps, skip, **hypers):
         states = [self._ready(p) for p in ps]
+        if skip is not None: hypers['found_inf'] = skip.float()
         adamw(ps, [p.grad for p in ps], [s['grad_avg'] for s in states], [s['sqr_avg'] for s in states], [],
               [s['step'] for s in states], fused=True, amsgrad=False, maximize=False, **hypers)
 

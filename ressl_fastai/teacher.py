@@ -27,13 +27,13 @@ def make_teacher(
 # %% ../nbs/02_teacher.ipynb #1e0f4efc
 @torch.no_grad()
 def update_teacher(
-    teacher:nn.Module, # Changed in place
-    student:nn.Module, # Parameters in the teacher's order; left as it is
+    teacher:nn.Module|list, # Module, or list of its parameters; changed in place
+    student:nn.Module|list, # Likewise, parameters in the teacher's order; left as it is
     momentum:float # Share of the teacher that stays, in [0, 1]: 0 copies the student, 1 freezes the teacher
 ):
     "One step of the exponential moving average, over parameters only"
     if not 0 <= momentum <= 1: raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
-    ps_teacher,ps_student = list(teacher.parameters()),list(student.parameters())
+    ps_teacher,ps_student = (list(o.parameters()) if isinstance(o, nn.Module) else o for o in (teacher,student))
     if [p.shape for p in ps_teacher] != [p.shape for p in ps_student]:
         raise ValueError(
             f"teacher and student must have the same parameters, got {len(ps_teacher)} and {len(ps_student)} tensors "

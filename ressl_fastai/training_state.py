@@ -50,13 +50,16 @@ _generators = torch.Generator,np.random.Generator,np.random.RandomState,np.rando
 
 def memory_of(
     o, # A callback, metric or the like
-    most:int=2**24 # Bytes of one value
+    most:int=2**24, # Bytes of one value
+    net:nn.Module=None # The model, whose weights and buffers are no memory of `o` where it has them at hand
 ) -> tuple: # Name to value, encoded; name to the reason why not, of what cannot be kept
     "What `o` keeps, without what it was made with"
     given = {'learn','run',*(k for k in arguments(o) if k not in assigned_later(type(o)))}
     of_a_batch = [k for k in getattr(o, '_stateattrs', ()) if isinstance(vars(o).get(k), Tensor)]
+    of_model = {t.data_ptr() for t in (*net.parameters(),*net.buffers())} if net is not None else ()
     def is_memory(k, v):
         if k in given or k in of_a_batch or isinstance(v, _generators): return False
+        if of_model and any(t.data_ptr() in of_model for t in _tensors(v)): return False
         return isinstance(v, type) or not callable(v)
     res,lost = {},{}
     for k,v in vars(o).items():
@@ -177,7 +180,7 @@ def get_training_state(
     net,scaler = get_model(learn.model),getattr(learn, 'scaler', None)
     return dict(model=dict(net.state_dict()), grads=_grads(net), opt=learn.opt.state_dict(),
                 scaler=scaler and scaler.state_dict(), keys=learn.ressl.keys if hasattr(learn, 'ressl') else [],
-                others={k:Encoded(memory_of(o)[0]) for k,o in _others(learn).items()},
+                others={k:Encoded(memory_of(o, net=net)[0]) for k,o in _others(learn).items()},
                 train_iter=learn.train_iter, pct_train=learn.pct_train, time=time.time())
 
 def set_training_state(

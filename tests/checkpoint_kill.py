@@ -8,8 +8,8 @@ import json, os, pty, random, select, signal, subprocess, sys, time
 from pathlib import Path
 
 import torch
-from test_checkpoint import differences, everything, fit, make
-from test_resume import from_folder, train as train_all, write_digits
+from crashes import differences, everything, fit, from_folder, make, train as train_all
+from helpers import write_digits
 
 from ressl_fastai import files
 from ressl_fastai.checkpoint import Checkpoint

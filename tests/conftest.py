@@ -4,6 +4,8 @@ arithmetic. A GPU is left in sight for `pytest tests/test_cuda.py` alone."""
 import os, pytest, sys, warnings
 from pathlib import Path
 
+os.environ['MPLBACKEND'] = 'agg'  # pictures are drawn and never shown
+
 def only_cuda(args):
     "Whether the files among the arguments of pytest are test_cuda.py alone"
     asked = [Path(arg.split('::')[0]) for arg in args]
@@ -14,6 +16,7 @@ if not only_cuda(sys.argv[1:]):
 
 import torch
 from fastai.torch_core import default_device
+from matplotlib import pyplot as plt
 
 if os.environ.get('CUDA_VISIBLE_DEVICES') == '':
     default_device(use=False)  # fastai's own choice, also where PyTorch knows other accelerators
@@ -40,7 +43,9 @@ def float32_on_every_cpu():
 
 @pytest.fixture(autouse=True)
 def steady():
-    "One thread and a fixed seed"
+    "One thread and a fixed seed; figures are closed afterwards"
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings('ignore', message='.*torch.jit.*|.*get_autocast_gpu_dtype.*')
+    yield
+    plt.close('all')

@@ -1,16 +1,11 @@
 "What the tests of looks share: a small network, digits, folders of noise, planted clusters."
-import random
-
-import numpy as np, torch
+import numpy as np
 from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImage, PILImageBW,
                                get_image_files)
+from helpers import NoBN, fit, seed_all
 from sklearn.datasets import load_digits, make_blobs
-from torch import nn
 
 from ressl_fastai.learner import ressl_learner
-
-class NoBN(nn.Sequential):
-    def __init__(self, n_in=1): super().__init__(nn.Conv2d(n_in, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
 
 def few_digits():
     "140 images for training and 60 for validation; the items are 100, 101, ..."
@@ -20,9 +15,7 @@ def few_digits():
     return block.dataloaders(range(100, 300), bs=32, num_workers=0)
 
 def make(dls=None, n_in=1, **kwargs):
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed_all()
     kwargs = {**dict(queue_size=8, n_hidden=16, dim=8, metrics=[]), **kwargs}
     return ressl_learner(dls or few_digits(), NoBN(n_in), **kwargs)
 
@@ -30,8 +23,7 @@ def trained(path):
     "Trained for an epoch, so that teacher and student differ; 'start' holds what it was before"
     learn = make(predictor_layers=2, path=path)
     learn.save('start')
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
-    return learn
+    return fit(learn)
 
 def folder(path, n=40):
     "Files with noise"

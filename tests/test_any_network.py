@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np, pytest, timm, torch, torchvision.models as tv
 from fastai.vision.models.xresnet import XResNet
 from fastai.layers import ResBlock
+from helpers import Own, close, fit
 from torch import nn, Tensor
 
 from ressl_fastai.loaders import get_normalize
@@ -21,8 +22,6 @@ swin = partial(timm.models.swin_transformer.SwinTransformer, img_size=32, patch_
 tiny_vit = partial(tv.VisionTransformer, image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=32,
                    mlp_dim=64)
 timm_resnet = partial(timm.create_model, 'resnet18')
-
-def close(a, b): return a.shape==b.shape and bool((a-b).abs().max()<=1e-4*b.abs().max())
 
 @torch.no_grad()
 def features(net, x): return net.eval()(x)
@@ -162,20 +161,9 @@ def test_pretrained_weights_of_timm_bring_their_statistics_however_given(as_modu
 
 # weights for the baselines
 
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layers = nn.Conv2d(3, 8, 3, stride=2),nn.BatchNorm2d(8),nn.ReLU(),nn.AdaptiveAvgPool2d(1),nn.Flatten()
-        self.net = nn.Sequential(*layers)
-    def forward(self, x): return self.net(x)
-
 def image_dls(labels=True, n=40, size=16, images=None, bs=8, **kwargs):
     x = np.random.default_rng(0).integers(0, 255, (n,size,size,3), dtype=np.uint8) if images is None else images
     return tensor_dls(x, np.arange(len(x))%2 if labels else None, bs=bs, **{**dict(valid_pct=0.25, seed=0), **kwargs})
-
-def fit(learn, n=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2, **kwargs)
-    return learn
 
 def test_a_modules_random_encoder_is_not_the_trained_one():
     own,x = Own(),torch.rand(4, 3, 16, 16)
@@ -192,7 +180,7 @@ def test_what_cannot_be_drawn_anew_is_said_before_anything_is_trained(monkeypatc
     class Token(Own):
         def __init__(self):
             super().__init__()
-            self.token = nn.Parameter(torch.ones(8))
+            self.token = nn.Parameter(torch.ones(32))
 
         def forward(self, x): return self.net(x)+self.token
     token = Token()
@@ -227,7 +215,7 @@ x = torch.ones(60, 8); x[0,0] = 1.001; print(_project(x, 'tsne', 0).shape)
 def test_arrays_of_any_float_are_computed_in_float32(dtype):
     x = (np.random.default_rng(0).integers(0, 255, (24,16,16,3))/255).astype(dtype)
     learn = fit(ressl_learner(image_dls(images=x), net, **small))
-    got,y = embed(learn)
+    got,y = embed(learn, learn.dls.valid)
     assert got.dtype==torch.float32 and np.isfinite(learn.recorder.values).all()
     norm,idxs = get_normalize(learn.dls),list(learn.dls.valid.items)
     want = features(learn.model.encoder, (torch.tensor(x[idxs].astype(np.float32)).permute(0,3,1,2)-norm.mean)/norm.std)

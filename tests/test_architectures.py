@@ -6,40 +6,18 @@ from functools import partial
 import numpy as np, pytest, timm, torch, torchvision.models as tv
 from fastai.vision.all import (Callback, CategoryBlock, DataBlock, IndexSplitter, TensorImage, TransformBlock,
                                imagenet_stats, vision_learner)
-from fastai.vision.models.xresnet import xresnet18
+from helpers import Own, families, fit
 from sklearn.datasets import load_sample_images
-from torch import nn
 
 from ressl_fastai.loaders import get_normalize
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.transfer import load_encoder
-from ressl_fastai.models import create_encoder, small_resnet
+from ressl_fastai.models import create_encoder
 
 vit = partial(tv.VisionTransformer, image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
 
-class Own(nn.Module):
-    "A user's module: features, not maps"
-    def __init__(self, n_in=3):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(n_in, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    def forward(self, x): return self.net(x)
-
-archs = dict(
-    resnet18=tv.resnet18,
-    resnet34=tv.resnet34,
-    resnet50=tv.resnet50,
-    efficientnet_b0=tv.efficientnet_b0,
-    mobilenet_v2=tv.mobilenet_v2,
-    mobilenet_v3_large=tv.mobilenet_v3_large,
-    shufflenet_v2=tv.shufflenet_v2_x1_0,
-    convnext_tiny=tv.convnext_tiny,
-    vit=vit,
-    xresnet18=xresnet18,
-    small_resnet=small_resnet,
-    timm_cnn='mobilenetv3_small_050',
-    timm_vit='test_vit',
-    own=Own,
-)
+archs = dict(families, resnet34=tv.resnet34, mobilenet_v3_large=tv.mobilenet_v3_large, vit=vit, own=Own,
+             shufflenet_v2=tv.shufflenet_v2_x1_0, timm_cnn='mobilenetv3_small_050')
 
 def make_dls(n_in=3, size=32, n=12):
     "Pieces of scikit-learn's photographs with `n_in` channels"
@@ -59,10 +37,6 @@ def make(arch, n_in=3, size=32, **kwargs):
     kw = dict(queue_size=8, n_hidden=16, dim=8, metrics=[])
     return ressl_learner(make_dls(n_in, size), arch(n_in) if arch is Own else arch, **{**kw, **kwargs})
 
-def fit(learn, n=2, lr=1e-3, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kwargs)
-    return learn
-
 def params(m): return {k:v.detach().clone() for k,v in m.named_parameters()}
 def still(before, m): return {k for k,v in m.named_parameters() if torch.equal(before[k], v)}
 
@@ -78,7 +52,7 @@ def learns(learn):
     "Parameters with a gradient, and of these: those of the student and of the teacher that four steps left alone"
     encoder,teacher,cb = learn.model.encoder,learn.model.teacher[0],WithGradient()
     before = params(encoder),params(teacher)
-    fit(learn, cbs=cb)
+    fit(learn, 2, 1e-3, cbs=cb)
     assert np.isfinite(learn.recorder.values).all()
     return len(cb.names)/len(before[0]),*(still(b, m)&cb.names for b,m in zip(before, (encoder,teacher)))
 

@@ -4,15 +4,16 @@
 from functools import partial
 
 import numpy as np, pytest, timm, torch, torchvision.models as tv
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, EarlyStoppingCallback, ImageBlock, PILImage,
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, EarlyStoppingCallback, ImageBlock,
                                RandomSplitter, Resize, SaveModelCallback, get_image_files, load_learner, parent_label,
                                xresnet18)
+from helpers import Own, fit, quiet, same, state
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 
 from ressl_fastai.data import tensor_dls
-from ressl_fastai.evaluate import KNNAccuracy, embed, fit_logistic, knn_accuracy, linear_accuracy
+from ressl_fastai.evaluate import KNNAccuracy, embed, fit_logistic, knn_accuracy
 from ressl_fastai.health import HealthMonitor, effective_rank
 import ressl_fastai.curate
 from ressl_fastai.label_efficiency import _fresh
@@ -52,18 +53,8 @@ def make(dls=None, arch=net, **kwargs):
     torch.manual_seed(0)
     return ressl_learner(dls or tensor_dls(*some_images(), valid_pct=0.25, seed=0, bs=4), arch, **{**small, **kwargs})
 
-def fit(learn, n=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3, **kwargs)
-    return learn
-
-def quiet(learn, f):
-    with learn.no_bar(), learn.no_logging(): return f()
-
 @torch.no_grad()
 def features(model, x): return (model.eval() if isinstance(model, nn.Module) else model)(x)
-
-def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
-def same_state(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 # architectures
 
@@ -154,7 +145,7 @@ def test_trying_views_leaves_no_trace(monkeypatch):
     dls = tensor_dls(*some_images(), valid_pct=0.25, seed=0, bs=4)
     a,after = state(make(dls)),torch.rand(1)
     monkeypatch.setattr(learner, 'check_views', lambda *args, **kwargs: None)
-    assert same_state(a, state(make(dls))) and after==torch.rand(1)
+    assert same(a, state(make(dls))) and after==torch.rand(1)
 
 @pytest.mark.parametrize('arch', [net, tv.resnet18, vit], ids=['small_resnet','resnet18','vit'])
 def test_the_exported_model_is_traced(arch):
@@ -182,12 +173,12 @@ def test_an_exported_learner_does_what_the_learner_does(folder, tmp_path):
     assert away.find_outliers(3, dl=dl).equals(learn.find_outliers(3, dl=own))
     assert away.suggest_labels(3, dl=dl).equals(learn.suggest_labels(3, dl=own))
     with pytest.raises(ValueError, match='has no teacher'): embed(away, dl, teacher=True)
-    with pytest.raises(ValueError, match='empty'): embed(away)
+    with pytest.raises(ValueError, match='empty'): embed(away, away.dls.valid)
 
 @pytest.mark.parametrize('predictor_layers', [0,2])
 def test_one_embedding_of_an_image(folder, predictor_layers):
     learn = fit(make(folder_dls(folder), predictor_layers=predictor_layers))
-    right = embed(learn, projected=True)[0]
+    right = embed(learn, learn.dls.valid, projected=True)[0]
     with torch.no_grad():
         x,model = learn.dls.valid.one_batch()[0],learn.model.eval()
         assert torch.allclose(model.norm(model.predictor(model.projector(model.encoder(x)))), right[:len(x)], atol=1e-5)
@@ -201,7 +192,7 @@ def test_one_embedding_of_an_image(folder, predictor_layers):
 
 
 def test_larger_images_get_larger_views(folder):
-    learn,sizes = fit(make(folder_dls(folder, 24), strong_tfms=multi_crop_tfms(24))),[]
+    learn = fit(make(folder_dls(folder, 24), strong_tfms=multi_crop_tfms(24)))
     old = [o.size for o in learn.ressl.strong_tfms]
     learn.dls = folder_dls(folder, 48)
     assert learn.ressl.weak_tfms.size == (48, 48) and [o.size for o in learn.ressl.strong_tfms] == [
@@ -220,15 +211,6 @@ def test_larger_images_that_the_model_does_not_take_are_refused():
 
 # fresh weights
 
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-        )
-
-    def forward(self, x): return self.net(x)
-
 def test_the_random_encoder_of_a_module_is_not_the_trained_one():
     own = Own()
     learn,x = fit(make(arch=own), 2),torch.rand(4, 3, 32, 32)
@@ -236,7 +218,7 @@ def test_the_random_encoder_of_a_module_is_not_the_trained_one():
     assert not torch.allclose(fresh.eval().encode(x), learn.model.eval().encode(x))
     assert fresh.encoder[0].net[1].running_mean.abs().sum() == 0  # nor its running statistics
     assert not torch.equal(_fresh(learn, own, 1).model.encoder[0].net[0].weight, fresh.encoder[0].net[0].weight)
-    assert same_state(trained, state(learn))  # the trained one stays
+    assert same(trained, state(learn))  # the trained one stays
 
 
 def test_a_module_whose_weights_cannot_be_drawn_is_refused_before_anything_is_trained():
@@ -279,12 +261,12 @@ def test_nothing_held_out(folder, tmp_path, one):
     assert embed(learn, learn.dls.train)[0].shape==(dls.train.n, 64)
     if not one: assert 'no validation images' in learn.report().read_text()
     before = state(learn)
-    for f in (embed, type(learn).linear_probe):
-        with pytest.raises(ValueError, match='the validation set is empty'): f(learn)
+    for f in (lambda: embed(learn, learn.dls.valid), learn.linear_probe):
+        with pytest.raises(ValueError, match='the validation set is empty'): f()
     for cbs in (HealthMonitor(), EarlyStoppingCallback(patience=2), SaveModelCallback()):
         with pytest.raises(ValueError, match='valid'): fit(learn, cbs=cbs)
     with pytest.raises(ValueError, match='empty'): learn.label_efficiency(learn.dls, (1,), seeds=1)
-    assert same_state(before, state(learn))
+    assert same(before, state(learn))
     assert fit(learn, cbs=EarlyStoppingCallback(monitor='train_loss')).recorder.values               # the remedy
 
 def test_one_image(folder):
@@ -298,7 +280,7 @@ def test_one_class():
     x,_ = some_images()
     learn = make(tensor_dls(x, np.zeros(16, dtype=int), valid_pct=0.25, bs=4))
     with pytest.raises(ValueError, match='two classes'): learn.linear_probe()
-    assert knn_accuracy(*embed(learn, learn.dls.train), *embed(learn))==1
+    assert knn_accuracy(*embed(learn, learn.dls.train), *embed(learn, learn.dls.valid))==1
 
 @pytest.mark.parametrize('method', ['tsne','pca'])
 def test_equal_features_are_said_before_scikit_learn_is_called(method, monkeypatch):
@@ -332,7 +314,7 @@ def test_float64_arrays():
     for dtype in (np.float32, np.float64):
         learn = make(tensor_dls((x/255).astype(dtype), y, valid_idx=range(4), bs=4))
         assert learn.dls.one_batch()[0].dtype==torch.float32
-        res.append(embed(learn)[0])
+        res.append(embed(learn, learn.dls.valid)[0])
         assert fit(learn).recorder.values
     assert torch.allclose(*res, atol=1e-4)
 
@@ -342,7 +324,7 @@ def test_early_stopping_between_two_values():
     before = state(learn)
     with pytest.raises(ValueError, match='patience must be at least 2'):
         fit(learn, 4, cbs=EarlyStoppingCallback('knn_accuracy', patience=1))
-    assert same_state(before, state(learn))
+    assert same(before, state(learn))
     assert (
         len(
             fit(

@@ -1,106 +1,22 @@
 "A fit that was interrupted and continued is the fit that was not: same tensors, same history, same random numbers."
-import json, os, random, resource, shutil, subprocess, sys, warnings
+import json, os, random, resource, shutil, subprocess, sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, CSVLogger, DataBlock,
-                               EarlyStoppingCallback, GradientAccumulation, ImageBlock, IndexSplitter, Learner,
-                               MixedPrecision, PILImageBW, RandomErasing, SaveModelCallback, SchedCos, SGD,
-                               ShortEpochCallback, accuracy)
-from sklearn.datasets import load_digits
+import pandas as pd, pytest, torch
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
+                               Learner, MixedPrecision, RandomErasing, SaveModelCallback, SchedCos, SGD, accuracy)
+from crashes import check, differences, everything, fit, make, seed_all, small_dls
+from helpers import Crash, held
 from torch import Tensor, nn
 
-from ressl_fastai import recipes  # learn.fit_warmup_cos
 from ressl_fastai.same_fit import fit_settings
 from ressl_fastai.callback import InfoNCEWarmup
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.checkpoint_file import last_checkpoint, read_checkpoint, write_checkpoint
 from ressl_fastai.files import hold
-from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import weak_tfms
-
-digits = load_digits()
-
-def small_dls(n=128, bs=32, labels=True, **kwargs):
-    "`n` digits of 8 pixels for training, 32 for validation"
-    ims = (digits.images*15).astype(np.uint8)
-    block = DataBlock(
-        [ImageBlock(PILImageBW)] + [CategoryBlock] * labels,
-        get_x=ims.__getitem__,
-        get_y=digits.target.__getitem__ if labels else None,
-        splitter=IndexSplitter(list(range(32))),
-    )
-    return block.dataloaders(range(n+32), bs=bs, **{'num_workers':0, **kwargs})
-
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-class Net(nn.Sequential):
-    "Two convolutions with batch norm"
-
-    def __init__(self):
-        super().__init__(
-            nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)
-        )
-
-
-def make(seed=0, dls=None, arch=None, **kwargs):
-    seed_all(seed)
-    return ressl_learner(
-        dls or small_dls(), arch or Net(), **{**dict(queue_size=50, n_hidden=16, dim=8, metrics=[]), **kwargs}
-    )
-
-
-def fit(learn, n=6, method='fit_one_cycle', cbs=None, **kwargs):
-    with learn.no_bar(), learn.no_logging(): getattr(learn, method)(n, 1e-2, cbs=cbs, **kwargs)
-    return learn
-
-class Crash(Callback):
-    "Ends a fit like Ctrl-C after `n` steps"
-    order = 1
-    def __init__(self, n): self.n = n
-    def before_batch(self):
-        if self.training and self.train_iter==self.n: raise KeyboardInterrupt
-
-
-def everything(learn):
-    "What a fit leaves behind, in plain types"
-    rec,opt = learn.recorder,learn.opt.state_dict()
-    return dict(
-        model={k: v.clone() for k, v in learn.model.state_dict().items()},
-        opt=[dict(o) for o in opt['state']],
-        hypers=[{k: float(v) for k, v in h.items()} for h in opt['hypers']],
-        values=[list(map(float, v)) for v in rec.values],
-        lrs=list(map(float, rec.lrs)),
-        losses=list(map(float, rec.losses)),
-        iters=list(rec.iters),
-        smooth_loss=float(rec.smooth_loss.value),
-        hps={k: list(map(float, v)) for k, v in getattr(rec, 'hps', {}).items()},
-        random=[random.random(), float(np.random.rand()), torch.rand(2)],
-    )
-
-def differences(a, b, at=''):
-    "Where two nests of dicts, lists and tensors are not the same bits"
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for k in a for d in differences(a[k], b[k], f'{at}.{k}')]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f'{at}.{i}')]
-    if isinstance(a, Tensor) and isinstance(b, Tensor): return [] if a.dtype==b.dtype and torch.equal(a, b) else [at]
-    return [] if type(a)==type(b) and a==b else [at]
-
-def check(tmp_path, n_steps, make=make, fit=fit, cbs=lambda: [], every=None, n_crash=11):
-    "A crash, and a new learner from other random numbers that goes on, against a fit without `Checkpoint`"
-    whole = everything(fit(make(), cbs=cbs()))
-    assert len(whole['lrs'])==n_steps, len(whole['lrs'])
-    with pytest.raises(KeyboardInterrupt): fit(make(), cbs=[*cbs(), Checkpoint(tmp_path/'run', every), Crash(n_crash)])
-    learn = make(seed=1)
-    assert differences(whole, everything(fit(learn, cbs=[*cbs(), Checkpoint(tmp_path/'run', every)])))==[]
-    return learn
 
 # the same bits
 
@@ -452,15 +368,6 @@ def settings_of(learn):
 def test_mistakes_and_a_folder_in_use(tmp_path):
     for every in (0, -1, 1.5):
         with pytest.raises(ValueError, match='every must be'): Checkpoint('run', every=every)
-    code = (
-        f"from fcntl import *; f = open('{tmp_path}/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); "
-        "print('held', flush=True); input()"
-    )
-    other = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline()=='held\n'
+    with held(tmp_path):
         with pytest.raises(ValueError, match='is in use'): fit(make(), n=1, cbs=Checkpoint(tmp_path))
-    finally:
-        other.kill()
-        other.wait()
     hold(tmp_path).close()

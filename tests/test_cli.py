@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from fastcore.script import CliError
+from helpers import held, layout, write_digits
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_sample_images
 from sklearn.neighbors import KNeighborsClassifier
 
 from ressl_fastai.checkpoint import Checkpoint
@@ -30,15 +31,6 @@ def shell(*args, cwd=None):
 
 def all_files(path): return {str(p.relative_to(path)):p.read_bytes() for p in path.rglob('*') if p.is_file()}
 
-def digit_folder(path, n=80, flat=False):
-    "`n` real digits as PNG files"
-    digits = load_digits()
-    for i in range(n):
-        folder = path if flat else path/str(digits.target[i])
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((digits.images[i]*15).astype(np.uint8)).save(folder/f'{i:03}.png')
-    return path
-
 def photo_folder(path, n=60):
     "`n` pieces of scikit-learn's two photographs as JPEG files, in a folder for each photograph"
     rng = np.random.default_rng(0)
@@ -60,8 +52,8 @@ def bad(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('bad')
     (tmp / 'empty').mkdir()
     (tmp / 'file.txt').write_text('text')
-    digit_folder(tmp/'few', 5, flat=True)
-    image = next(digit_folder(tmp/'truncated', 30).rglob('*.png'))
+    write_digits(tmp/'few', 5, flat=True)
+    image = next(write_digits(tmp/'truncated', 30).rglob('*.png'))
     image.write_bytes(image.read_bytes()[:-30])
     return tmp
 
@@ -109,7 +101,7 @@ def test_an_unknown_option_is_refused():
 def runs(tmp_path_factory):
     "Class folders of digits, the same repeated from its config, flat digits, photographs with a bad file among them"
     tmp = tmp_path_factory.mktemp('runs')
-    classes,flat,photos = digit_folder(tmp/'classes'),digit_folder(tmp/'flat', flat=True),photo_folder(tmp/'photos')
+    classes,flat,photos = write_digits(tmp/'classes'),write_digits(tmp/'flat', flat=True),photo_folder(tmp/'photos')
     (photos/'china'/'bad.jpg').write_bytes((photos/'china'/'0.jpg').read_bytes()[:200])
     out = tmp / 'out'
     out.mkdir()
@@ -184,7 +176,7 @@ def test_a_run_is_repeated_by_the_command_in_its_config(runs):
     assert not losses('ressl-flat').train_loss.equals(losses('out-2').train_loss)  # control: another run differs
 
 def test_an_interrupted_run_is_continued_by_the_same_command(tmp_path, monkeypatch, capsys):
-    digit_folder(tmp_path/'data', 60)
+    write_digits(tmp_path/'data', 60)
     monkeypatch.chdir(tmp_path)
 
     def go(out, epochs=3):
@@ -239,12 +231,6 @@ def test_help_describes_every_option():
 
 # parts
 
-def layout(tmp_path, *names):
-    for i,nm in enumerate(names):
-        (tmp_path/nm).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8,8), i, np.uint8)).save(tmp_path/nm)
-    return tmp_path
-
 @pytest.mark.parametrize('names,expected', [
     (['a/1.png','a/2.png','b/1.png','b/2.png'], (2, 2, ['a','b'])),
     (['train/a/1.png','train/b/1.png','valid/a/1.png','valid/b/2.png','valid/c/3.png'], (2, 3, ['a','b','c'])),
@@ -278,14 +264,5 @@ def test_new_folder_is_that_of_an_interrupted_run_unless_another_process_is_at_i
         (tmp_path/'a'/'config.json').write_text(text)
         assert new_folder(tmp_path/'a', dict(epochs=3, versions='newer')).name==name
     assert new_folder(tmp_path/'a').name=='a-2'
-    code = (
-        f"from fcntl import *; f = open('{tmp_path}/a/checkpoint/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); "
-        "print('held', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == 'held\n'
-        assert new_folder(tmp_path / 'a', dict(epochs=3)).name == 'a-2'
-        other.kill()
+    with held(tmp_path/'a'/'checkpoint'): assert new_folder(tmp_path/'a', dict(epochs=3)).name=='a-2'
     assert new_folder(tmp_path/'a', dict(epochs=3)).name=='a'

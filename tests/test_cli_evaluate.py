@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastcore.script import CliError
 from PIL import Image
+from helpers import trained_on, write_digits, write_run
 
 from ressl_fastai.cli import ressl_evaluate
 from ressl_fastai.data import folder_dls
@@ -13,8 +14,6 @@ from ressl_fastai.evaluate import knn_accuracy, linear_accuracy
 from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.loaders import clean_dl
-from test_cli import digit_folder
-from test_training import fit, make
 
 def shell(*args, cwd):
     "The command in its own process, as its console script starts it"
@@ -31,13 +30,10 @@ def shell(*args, cwd):
 @pytest.fixture(scope='module')
 def tmp(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('evaluate')
-    digit_folder(tmp/'digits', 200)
-    digit_folder(tmp/'flat', 20, flat=True)
-    learn = fit(make(folder_dls(tmp/'digits', 8, 16, gray=True, num_workers=0), small_resnet, queue_size=32), 2)
-    learn.path,learn.model_dir = tmp/'run','.'
-    learn.path.mkdir()
-    learn.save_encoder('encoder')
-    (tmp/'run'/'config.json').write_text('{"size": 8}')
+    write_digits(tmp/'digits', 200)
+    write_digits(tmp/'flat', 20, flat=True)
+    learn = trained_on(tmp/'digits')
+    write_run(learn, tmp/'run')
     learn.save_encoder(tmp/'alone.pth')
     (tmp/'broken.pth').write_bytes(b'no encoder')
     return tmp

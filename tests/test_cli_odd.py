@@ -8,14 +8,11 @@ import numpy as np, pytest, torch
 from fastcore.script import CliError, anno_parser
 from PIL import Image
 from sklearn.datasets import load_digits
+from helpers import held, trained_on, write_digits
 
 from ressl_fastai import cli
 from ressl_fastai.cli import Interrupted, _claim, ressl_evaluate, ressl_pretrain
-from ressl_fastai.data import folder_dls
 from ressl_fastai.checkpoint import Checkpoint
-from ressl_fastai.models import small_resnet
-from test_cli import digit_folder
-from test_training import fit, make
 
 def arguments(func, line):
     return {
@@ -33,15 +30,22 @@ def command(func, line):
 
 def everything(path): return sorted(str(p.relative_to(path)) for p in path.rglob('*'))
 
+def is_refused(func, line, code, text):
+    "In one sentence with `text`, and nothing is written; the sentence"
+    before = everything(Path('.'))
+    got,said = command(func, line+' --num-workers=0')
+    assert (got,'\n' in said,everything(Path('.')))==(code,False,before) and text in said, said
+    return said
+
 @pytest.fixture(scope='module')
 def there(tmp_path_factory):
     "Images with and without classes, folders without, encoder files that are none"
     tmp = tmp_path_factory.mktemp('odd')
-    digit_folder(tmp / 'ims', 60)
-    digit_folder(tmp / 'flat', 30, flat=True)
+    write_digits(tmp / 'ims', 60)
+    write_digits(tmp / 'flat', 30, flat=True)
     (tmp / 'empty').mkdir()
     (tmp / 'file.txt').write_text('x')
-    learn = fit(make(folder_dls(tmp/'ims', 8, 16, gray=True, num_workers=0), small_resnet, queue_size=32), 1)
+    learn = trained_on(tmp/'ims')
     state = torch.load(learn.save_encoder(tmp/'good.pth'), weights_only=True)
     for i, text in enumerate(
         ('', '[]', '{}', '{"size":"8"}', '{"size":8.5}', '{"size":-1}', '{"size":null}', '{"size":NaN}')
@@ -125,11 +129,7 @@ lines = {
 @pytest.mark.parametrize('line', lines)
 def test_an_odd_line_is_one_sentence(there, line, monkeypatch, capsys):
     monkeypatch.chdir(there)
-    before = everything(there)
-    code,text = command(ressl_pretrain, line+' --num-workers=0')
-    assert (
-        code == (1 if lines[line] else 2) and lines[line] in text and '\n' not in text and everything(there) == before
-    ), text
+    is_refused(ressl_pretrain, line, 1 if lines[line] else 2, lines[line])
 
 
 def test_advice_of_a_recipe_can_be_followed_in_the_shell(there, monkeypatch, capsys):
@@ -170,15 +170,7 @@ evaluate = {
 @pytest.mark.parametrize('line', evaluate)
 def test_an_odd_line_of_evaluate_is_one_sentence(there, line, monkeypatch, capsys):
     monkeypatch.chdir(there)
-    before = everything(there)
-    code,text = command(ressl_evaluate, line+' --num-workers=0')
-    assert (
-        code == 1
-        and evaluate[line] in text
-        and '\n' not in text
-        and 'weights_only' not in text
-        and everything(there) == before
-    ), text
+    assert 'weights_only' not in is_refused(ressl_evaluate, line, 1, evaluate[line])
     assert capsys.readouterr().out==''                           # before anything was computed
 
 def test_an_error_that_nobody_thought_of_is_a_sentence_too(there, monkeypatch, capsys):
@@ -262,19 +254,10 @@ def test_ctrl_c_before_training_leaves_nothing(there, monkeypatch, capsys):
 def test_a_run_has_its_folder_for_itself_before_and_after_training_too(tmp_path):
     config,kept = dict(epochs=3, versions='newer'),tmp_path/'a'/'checkpoint'/'command'
     kept.mkdir(parents=True)
-    code = (
-        f"from fcntl import *; f = open('{kept}/lock', 'w'); lockf(f, LOCK_EX|LOCK_NB); "
-        "print('held', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == 'held\n'
-        (tmp_path / 'a' / 'config.json').write_text('{"epochs":3, "versions":"older"}')
-        with pytest.raises(ValueError, match='a is in use: the same command'):
-            _claim(tmp_path / 'a', config)
-        assert _claim(tmp_path / 'a', dict(epochs=4))[0].name == 'a-2'  # another command goes beside it
-        other.kill()
+    with held(kept):
+        (tmp_path/'a'/'config.json').write_text('{"epochs":3, "versions":"older"}')
+        with pytest.raises(ValueError, match='a is in use: the same command'): _claim(tmp_path/'a', config)
+        assert _claim(tmp_path/'a', dict(epochs=4))[0].name=='a-2'  # another command goes beside it
     (tmp_path/'a'/'config.json').write_text('{"epochs":3}')
     assert _claim(tmp_path/'a', config)[0].name=='a'
 

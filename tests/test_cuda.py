@@ -62,7 +62,9 @@ def test_nothing_waits(labels, kept, monkeypatch):
         order = 1000
 
         def after_batch(self):
-            torch.cuda.set_sync_debug_mode('error' if self.training and 2 <= self.train_iter < 5 else 'default')
+            last = 5 if self.epoch==0 else 3  # at its tenth step, the fourth of the second epoch, `Guard` looks
+            strict = self.training and 2<=self.train_iter<last
+            torch.cuda.set_sync_debug_mode('error' if strict else 'default')
 
         def after_train(self): torch.cuda.set_sync_debug_mode('default')
     learn = make(np.arange(512)%4 if labels else None)
@@ -89,8 +91,36 @@ def test_the_fused_optimizer_is_fastais():
     )  # weights of up to 4 have steps of 4e-7, of which 20 are added
     assert all(opt.state[p]['step'].is_cuda for ps in opt.param_lists for p in ps)
 
+@pytest.mark.parametrize('opt_func', [FusedAdam, Adam])
+@pytest.mark.parametrize('action', ['stop', 'warn'])
+def test_a_gradient_that_is_not_finite_changes_no_weight(opt_func, action):
+    """The loss is finite, so that only the gradients tell, one step later. The control is a step before, which does
+    change them."""
+    from fastai.callback.core import Callback
+    from ressl_fastai.health import Guard
+
+    class Spoil(Callback):
+        order = Guard.order-1
+
+        def before_step(self):
+            if self.train_iter==3: self.learn.model.encoder[0][0][0].weight.grad[0] = torch.nan
+
+    class Note(Callback):
+        order = 1000
+        def before_fit(self): self.seen = []
+        def after_batch(self): self.seen.append(weights(self.learn))
+    learn = make(guard=False, opt_func=opt_func)
+    note = Note()
+    fit(learn, cbs=[Guard(action), Spoil(), note])
+    students = [torch.equal(a, b) for a,b in zip(note.seen, note.seen[1:])]
+    assert not students[1] and all(o.isfinite().all() for o in note.seen)
+    assert len(note.seen)==(4 if action=='stop' else 6)
+    if opt_func is FusedAdam and action=='warn':
+        student = sum(p.numel() for p in learn.model.student.parameters())
+        assert torch.equal(note.seen[2][:student], note.seen[3][:student])
+
 def test_features_and_neighbours():
     learn = fit(make(np.arange(512)%4, metrics=None))
-    z,y = embed(learn)
+    z,y = embed(learn, learn.dls.valid)
     assert len(z)==102 and np.isfinite(learn.recorder.values[-1][-1])
     assert abs(knn_accuracy(z, y, z, y)-knn_accuracy(*(o.cuda() for o in (z, y, z, y))))<0.02

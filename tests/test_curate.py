@@ -1,6 +1,5 @@
 "What is found and suggested, against scikit-learn and the paper: duplicates, outliers, clusters, first labels."
-import matplotlib, numpy as np, pandas as pd, pytest, torch
-matplotlib.use('agg')
+import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import (DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter, PILImage, RandomResizedCrop,
                                get_image_files)
 from matplotlib import pyplot as plt
@@ -11,11 +10,6 @@ from sklearn.neighbors import NearestNeighbors
 from looks import blobs, folder, make, trained
 import ressl_fastai.transfer
 from ressl_fastai.curate import typiclust
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
 
 @pytest.fixture(scope='module')
 def learn(tmp_path_factory): return trained(tmp_path_factory.mktemp('learn'))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import (Categorize, CategoryBlock, Datasets, DataBlock, ImageBlock, ImageDataLoaders,
-                               IndexSplitter, L, Normalize, Pipeline, PILImage, PILImageBW, RandomResizedCrop,
-                               RegressionBlock, Resize, TensorCategory, TensorImage, TensorImageBW, TfmdLists,
-                               Transform, aug_transforms, imagenet_stats, load_learner, parent_label, vision_learner)
+                               IndexSplitter, L, Normalize, PILImage, PILImageBW, RandomResizedCrop, RegressionBlock,
+                               Resize, TensorCategory, TensorImage, TensorImageBW, TfmdLists, Transform,
+                               aug_transforms, imagenet_stats, load_learner, parent_label, vision_learner)
 from PIL import Image
 from torch import Tensor, nn
 

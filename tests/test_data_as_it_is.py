@@ -5,14 +5,14 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, MaskBlock,
-                               MultiCategoryBlock, PILImageBW, PointBlock, RandomSplitter, RegressionBlock, Resize,
-                               TensorImage, TransformBlock, get_image_files)
+                               MultiCategoryBlock, PILImageBW, PointBlock, RegressionBlock, Resize, TensorImage,
+                               TransformBlock, get_image_files)
 from PIL import Image
+from helpers import NoBN, fit, make, same, state
 
 from ressl_fastai.images import PILImage16, readable_images
 from ressl_fastai.loaders import first_images
 from ressl_fastai.models import small_resnet
-from test_training import NoBN, fit, make, same, state
 
 n,side = 20,12
 rng = np.random.default_rng(0)
@@ -138,7 +138,6 @@ def test_pixels_that_are_no_numbers(value):
         range(20), bs=4, num_workers=0, shuffle=False
     )
     learn = small(dls, queue_size=4)
-    before = state(learn)
     with learn.no_bar(), pytest.raises(ValueError, match=r'must be in \[0, 1\].*got values from .*(nan|inf|-0.5|300)'):
         learn.fit(1)
     assert all(v.isfinite().all() for v in learn.model.state_dict().values())

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from fastai.torch_core import default_device, defaults
 from PIL import Image
+from helpers import fit, make
 
 from conftest import only_cuda
 from ressl_fastai.data import digits_dls
 from ressl_fastai.images import readable_images
 from ressl_fastai.models import small_resnet
-from test_training import fit, make
 
 here = Path(__file__).parent
 

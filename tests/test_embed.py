@@ -1,5 +1,4 @@
 "`ressl_embed`: the file holds what `embed` gives, image by image, in every format, or is refused before the work."
-import sys
 
 import numpy as np
 import pandas as pd
@@ -8,30 +7,22 @@ import torch
 from fastcore.script import CliError
 from PIL import Image
 from sklearn.datasets import load_digits
+from helpers import trained_on, write_digits, write_run
 
 from fastai.learner import Learner
 from ressl_fastai import cli
 from ressl_fastai.cli import Interrupted, ressl_embed
 from ressl_fastai.data import find_images, folder_dls
-from ressl_fastai.evaluate import embed
-from ressl_fastai.models import small_resnet
 from ressl_fastai.transfer import encoder_learner
-from test_cli import digit_folder
-from test_training import fit, make
 
 
 @pytest.fixture(scope='module')
 def there(tmp_path_factory):
     "Digits in class folders, without folders, and in folders for training and test; an encoder of a run"
     tmp = tmp_path_factory.mktemp('embed')
-    digit_folder(tmp/'classes', 70)
-    digit_folder(tmp/'flat', 10, flat=True)
-    for part in ('train','test'): digit_folder(tmp/'parts'/part, 12)
-    learn = fit(make(folder_dls(tmp/'classes', 8, 16, gray=True, num_workers=0), small_resnet, queue_size=32), 1)
-    learn.path,learn.model_dir = tmp/'run','.'
-    learn.path.mkdir()
-    learn.save_encoder('encoder')
-    (tmp/'run'/'config.json').write_text('{"size": 8}')
+    for folder,n in {'classes':70, 'parts/train':12, 'parts/test':12}.items(): write_digits(tmp/folder, n)
+    write_digits(tmp/'flat', 10, flat=True)
+    write_run(trained_on(tmp/'classes'), tmp/'run')
     return tmp
 
 

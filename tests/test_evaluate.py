@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
+from helpers import fit, make
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy
 from ressl_fastai.label_efficiency import labelled_part
-from test_training import fit, make
 
 def few(n=200, **kwargs): return make(labelled_part(digits_dls(8, bs=32), range(n)), queue_size=64, **kwargs)
 
@@ -36,17 +36,17 @@ def test_before_and_after_the_projector(teacher):
     with torch.no_grad():
         before, after = (model.teacher[0](x), model.teacher(x)) if teacher else (model.encode(x), model(x))
     model.train()
-    got = embed(learn, teacher=teacher)[0],embed(learn, teacher=teacher, projected=True)[0]
+    def both(teacher): return [embed(learn, learn.dls.valid, teacher, projected)[0] for projected in (False,True)]
+    got = both(teacher)
     for a,b in zip(got, (before,after)): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert all(m.training for m in model.projector.modules())
-    for a, b in zip(got, (embed(learn, teacher=not teacher)[0], embed(learn, teacher=not teacher, projected=True)[0])):
-        assert not torch.allclose(a, b)  # control
+    for a,b in zip(got, both(not teacher)): assert not torch.allclose(a, b)  # control
 
 
 # kNN in the table
 
 def reference_knn(learn, idxs, k=20):
-    (x,y),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
+    (x,y),(vx,vy) = embed(learn, learn.dls.train),embed(learn, learn.dls.valid)
     return (
         KNeighborsClassifier(k, metric='cosine', weights=lambda d: np.exp(-d / 0.1)).fit(x[idxs], y[idxs]).score(vx, vy)
     )
@@ -181,7 +181,7 @@ def test_linear_probe_is_on_clean_images_of_any_dataloader():
     learn = fit(few())
     part = learn.dls.train.new(get_idxs=lambda: list(range(0, 200, 3)))
     for kw in (dict(teacher=True), dict(projected=True)):
-        (x,y),valid = embed(learn, learn.dls.train, **kw),embed(learn, **kw)
+        (x,y),valid = embed(learn, learn.dls.train, **kw),embed(learn, learn.dls.valid, **kw)
         assert learn.linear_probe(part, **kw)==linear_accuracy(x[::3], y[::3], *valid)
 
 def test_embed_sees_clean_images_in_the_order_of_the_items():

@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, timm, torch, torchvision.models as tv
 from fastai.learner import load_learner
 from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DataLoaders, EarlyStoppingCallback, ImageBlock,
     PILImage, PILImageBW, RandomSplitter, ReduceLROnPlateau, Resize, SaveModelCallback, get_image_files)
+from helpers import quiet
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn, Tensor
@@ -15,12 +16,9 @@ from ressl_fastai.evaluate import KNNAccuracy, embed
 import ressl_fastai.curate
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
-from ressl_fastai.views import RandomView, multi_crop_tfms, strong_tfms, weak_tfms
+from ressl_fastai.views import multi_crop_tfms, strong_tfms, weak_tfms
 
 net,small = partial(small_resnet, widen=0.125),dict(queue_size=8, n_hidden=16, dim=8)
-
-def quiet(learn, f, *args, **kwargs):
-    with learn.no_bar(), learn.no_logging(): return f(*args, **kwargs)
 
 def parity(f): return int(f.stem)%2
 
@@ -72,7 +70,7 @@ def test_exported_learner_gives_features_to_all_that_need_them(tmp_path):
     assert there.suggest_labels(3, dl=dl).equals(learn.suggest_labels(3, dl=ours))
     assert len(there.find_duplicates(dl=dl))==len(learn.find_duplicates(dl=ours))
     there.show_neighbors(2, dl=dl)
-    for f,why in ((lambda: embed(there), r'the validation set is empty: .*test_dl\(files\)'),
+    for f,why in ((lambda: embed(there, there.dls.valid), r'the validation set is empty: .*test_dl\(files\)'),
                   (lambda: embed(there, dl, teacher=True), 'no teacher'),
                   (lambda: there.find_outliers(3), r'dl=learn.dls.test_dl\(files\)')):
         with pytest.raises(ValueError, match=why): f()
@@ -190,7 +188,7 @@ def test_bs_1(tmp_path):
     dls.train.bs = dls.valid.bs = 1
     with pytest.raises(ValueError, match='bs must be at least 2'): make(dls, tmp_path)
     learn = make(dls, tmp_path, projector_bn=False)
-    assert np.isfinite(learn.recorder.values).all() and embed(learn)[0].shape==(3,64)
+    assert np.isfinite(learn.recorder.values).all() and embed(learn, learn.dls.valid)[0].shape==(3,64)
 
 # without validation images
 
@@ -201,7 +199,7 @@ def test_no_validation_set(tmp_path):
     for dls in (alone, DataLoaders(labelled.train, empty)):
         learn = make(dls, tmp_path, metrics=None)
         assert learn.recorder.values[-1][1:]==[None,None] and len(embed(learn, learn.dls.train)[0])==13
-        for f in (lambda: embed(learn), lambda: learn.linear_probe()):
+        for f in (lambda: embed(learn, learn.dls.valid), lambda: learn.linear_probe()):
             with pytest.raises(ValueError, match='the validation set is empty'): f()
         for cb in (EarlyStoppingCallback(), SaveModelCallback('knn_accuracy')):
             with pytest.raises(ValueError, match='needs validation images'): learn.fit(1, cbs=cb)

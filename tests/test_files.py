@@ -11,7 +11,8 @@ from fastai.data import load
 from fastai.vision.all import Callback, CSVLogger, ImageDataLoaders, PILImage, Resize, SaveModelCallback, Transform
 from fastcore.script import CliError
 from PIL import Image
-from test_checkpoint import Crash, differences, everything, fit, make
+from crashes import differences, everything, fit, make
+from helpers import Crash
 
 from ressl_fastai import cli, data
 from ressl_fastai.checkpoint import Checkpoint

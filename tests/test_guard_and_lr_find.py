@@ -6,39 +6,23 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.vision.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders,
-                               Recorder, Resize, SaveModelCallback, aug_transforms, set_seed)
+                               Recorder, Resize, SaveModelCallback, aug_transforms)
+from helpers import Net, NoBN, Spoil, fit, mild_views, same, seed_all, state
 from PIL import Image
-from torch import nn
 
-from ressl_fastai import health, transfer  # learn.save_encoder
+from ressl_fastai import health
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.health import Guard, HealthMonitor
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
-from ressl_fastai.views import strong_tfms, weak_tfms
-from test_health import NoBN, Spoil, fit, mild, same, state
-
-class Net(nn.Sequential):
-    def __init__(self):
-        super().__init__(
-            nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)
-        )
-
+from ressl_fastai.views import strong_tfms
 
 def make(bs=128, arch=None, **kwargs):
-    set_seed(0)
-    kw = dict(
-        queue_size=200,
-        n_hidden=16,
-        dim=8,
-        metrics=[],
-        precision='float32',
-        weak_tfms=weak_tfms(8, **mild),
-        strong_tfms=strong_tfms(8, **mild),
-    )
-    return ressl_learner(digits_dls(8, bs=bs), arch or Net(), **{**kw, **kwargs})
+    seed_all()
+    kw = dict(queue_size=200, n_hidden=16, dim=8, metrics=[], precision='float32')
+    return ressl_learner(digits_dls(8, bs=bs), arch or Net(), **{**kw, **mild_views(), **kwargs})
 
 class Before(Callback):
     "Keeps the model and the optimizer as they were before each batch, and counts"
@@ -73,8 +57,7 @@ def assert_as_before(learn, before):
 # the teacher's third to fifth batch fill the queue
 @pytest.mark.parametrize('kind,value', [('strong',math.nan), ('strong',1e38), ('weak',math.nan), ('weak',math.inf)])
 def test_a_bad_batch_leaves_batch_norms_as_they_were(kind, value):
-    tfms = dict(weak=weak_tfms(8, **mild), strong=strong_tfms(8, **mild))
-    spoil = Spoil(tfms[kind], 6, value)  # the first views are tried before training
+    spoil = Spoil(mild_views()[f'{kind}_tfms'], 6, value)  # the first views are tried before training
     learn,before = make(**{f'{kind}_tfms':spoil}),Before()
     fit(learn, cbs=before)
     assert before.n==(5 if kind=='strong' else 3) and len(learn.guard.alarms)==1

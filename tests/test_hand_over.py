@@ -9,6 +9,7 @@ from fastai.vision.all import (CategoryBlock, DataBlock, IndexSplitter, MaskBloc
                                TransformBlock, trainable_params, unet_learner, vision_learner)
 from fastai.vision.learner import model_meta
 from fastai.vision.models.xresnet import xresnet18
+from helpers import Own, close, same, state
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,16 +28,6 @@ tiny_resnet, dense = (
     partial(tv.DenseNet, growth_rate=4, block_config=(1, 1), num_init_features=8),
 )
 
-
-class Own(nn.Module):
-    "A user's module: features, not maps"
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-        )
-
-    def forward(self, x): return self.net(x)
 
 def make_dls(n_in=3, size=32, norm=None, masks=False, n=12):
     "Noise that is not centred; two categories, or masks of two codes; `norm` is (mean, std) of every channel"
@@ -63,9 +54,6 @@ def make(arch=tiny_resnet, n_in=3, size=32, norm=(0.3,0.4), train=True, **kwargs
     for p in learn.model.teacher.parameters(): p.data.mul_(1.1)
     return learn
 
-def state(m): return {k:v.clone() for k,v in m.state_dict().items()}
-def same(a, b): return list(a)==list(b) and all(a[k].dtype==b[k].dtype and torch.equal(a[k], b[k]) for k in a)
-def close(a, b): return a.shape==b.shape and bool((a-b).abs().max()<=1e-5*b.abs().max())
 def norms(dls):
     return [
         [(f.mean.flatten().tolist(), f.std.flatten().tolist()) for f in dl.after_batch.fs if isinstance(f, Normalize)]
@@ -115,7 +103,7 @@ def test_body_is_the_encoder(arch, n_in, stem):
             state(clf.model[0]), state(encoders[not teacher][0])
         )  # and a control
         assert body_stem(clf.model[0])==learn.model.encoder.stem!='auto'
-        want,other = embed(learn, teacher=teacher)[0],embed(learn, teacher=not teacher)[0]
+        want,other = (embed(learn, learn.dls.valid, teacher=o)[0] for o in (teacher, not teacher))
         assert close(pooled(clf), want) and not close(pooled(clf), other)
         assert clf.get_preds()[0].shape==(4,2)
     quiet_fit(clf)
@@ -123,7 +111,8 @@ def test_body_is_the_encoder(arch, n_in, stem):
 def test_a_timm_transformer_is_handed_over():
     learn = make('test_vit', size=160)
     clf = learn.to_vision_learner(make_dls(size=160))
-    assert same(state(clf.model[0]), state(learn.model.encoder[0])) and close(pooled(clf), embed(learn)[0])
+    assert same(state(clf.model[0]), state(learn.model.encoder[0]))
+    assert close(pooled(clf), embed(learn, learn.dls.valid)[0])
     before = state(clf.model)
     moved = changed(before, quiet_fit(clf).model)
     assert moved=={k for k in before if k.startswith('1.') or '.norm' in k}  # fastai goes on with layer norms too
@@ -175,7 +164,8 @@ def test_after_bfloat16_training_all_is_float32():
     learn = make(precision='bfloat16', channels_last=True)
     assert learn.precision.dtype==torch.bfloat16
     clf = learn.to_vision_learner(make_dls())
-    assert same(state(clf.model[0]), state(learn.model.encoder[0])) and close(pooled(clf), embed(learn)[0])
+    assert same(state(clf.model[0]), state(learn.model.encoder[0]))
+    assert close(pooled(clf), embed(learn, learn.dls.valid)[0])
     assert {p.dtype for p in clf.model.parameters()} == {torch.float32} and not any(
         isinstance(o, DevicePrecision) for o in clf.cbs
     )
@@ -226,7 +216,7 @@ def test_d28_control_vision_learner_neither_normalises_nor_freezes():
 
 def test_frozen_up_to_the_head_then_fine_tuned():
     clf = make().to_vision_learner(make_dls())
-    before,bn,weights = state(clf.model),in_batch_norm(clf.model),dict(clf.model.named_parameters())
+    before,bn = state(clf.model),in_batch_norm(clf.model)
     moved = changed(before, quiet_fit(clf).model)
     assert moved==bn|{k for k in before if k.startswith('1.')} and clf.opt.frozen_idx==len(clf.opt.param_lists)-1
     assert {k for k in before if k.startswith('0.')}-bn  # control: there is something to freeze
@@ -416,7 +406,8 @@ def test_loaded_stem_is_what_the_optimizer_trains(tmp_path):
     clf = vision_learner(make_dls(size=16), tv.resnet18, pretrained=False, path=tmp_path)
     clf.freeze()
     clf.load_encoder('enc')
-    assert same(state(clf.model[0]), state(pre.model.teacher[0][0])) and close(pooled(clf), embed(pre, teacher=True)[0])
+    assert same(state(clf.model[0]), state(pre.model.teacher[0][0]))
+    assert close(pooled(clf), embed(pre, pre.dls.valid, teacher=True)[0])
     first = clf.model[0][0].weight
     assert not first.requires_grad and clf.opt.frozen_idx==2 and any(first is p for p in clf.opt.param_lists[0])
     before = state(clf.model)

@@ -7,10 +7,9 @@ from functools import partial
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import (Callback, CancelStepException, CSVLogger, GradientAccumulation, MixedPrecision,
-                               SaveModelCallback, ShortEpochCallback)
+from fastai.vision.all import Callback, CSVLogger, GradientAccumulation, SaveModelCallback, ShortEpochCallback
+from helpers import NoBN, Skip, Spoil, fit, mild_views, same, seed_all, state
 from scipy import stats
-from torch import nn
 
 from ressl_fastai.callback import InfoNCEWarmup, ReSSL
 from ressl_fastai.data import digits_dls
@@ -19,43 +18,15 @@ from ressl_fastai.health import (Guard, HealthMonitor, _age, effective_neighbors
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.losses import relation
 from ressl_fastai.models import small_resnet
-from ressl_fastai.views import strong_tfms, weak_tfms
-
-class NoBN(nn.Sequential):
-    "A small network that is fast"
-    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
-
-mild = dict(scale=(0.7,1.), flip_p=0.)
 
 def make(seed=0, arch=None, bs=64, guard=None, **kwargs):
     "A learner with a guard that looks often"
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    kw = dict(
-        queue_size=200,
-        n_hidden=16,
-        dim=8,
-        metrics=[],
-        weak_tfms=weak_tfms(8, **mild),
-        strong_tfms=strong_tfms(8, **mild),
-        guard=False,
-    )
-    learn = ressl_learner(digits_dls(8, bs=bs), arch or NoBN(), **{**kw, **kwargs})
+    seed_all(seed)
+    kw = dict(queue_size=200, n_hidden=16, dim=8, metrics=[], guard=False)
+    learn = ressl_learner(digits_dls(8, bs=bs), arch or NoBN(), **{**kw, **mild_views(), **kwargs})
     return learn.add_cb(guard or Guard(every=2))
 
-def fit(learn, n=1, lr=1e-2, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kwargs)
-    return learn
-
-def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def unit(*shape): return F.normalize(torch.randn(*shape), dim=1)
-
-class Skip(Callback):
-    "Skips every step, as `MixedPrecision` does after an overflow"
-    order = MixedPrecision.order
-    def before_step(self): raise CancelStepException
 
 class Steps(Callback):
     "Counts the batches of a training, and keeps the model as it was before each"
@@ -66,14 +37,6 @@ class Steps(Callback):
             self.n += 1
             self.before = state(self.learn)
 
-
-class Spoil:
-    "Views of which the `nth` batch is not finite"
-    def __init__(self, tfms, nth, value=math.nan): self.tfms,self.nth,self.value,self.n = tfms,nth,value,0
-    def __call__(self, x):
-        self.n += 1
-        x = self.tfms(x)
-        return x if self.n!=self.nth else x.clone().index_fill_(0, torch.tensor(0), self.value)
 
 # measures
 
@@ -148,7 +111,7 @@ def test_impossible_settings_are_refused():
 def test_nan_stops_before_it_reaches_the_weights(value, capsys):
     steps = Steps()
     learn = make(
-        strong_tfms=Spoil(strong_tfms(8, **mild), 8, value), projector_bn=False
+        strong_tfms=Spoil(mild_views()['strong_tfms'], 8, value), projector_bn=False
     )  # the first views are tried before training
     lf = learn.loss_func
     fit(learn, cbs=steps)
@@ -160,7 +123,7 @@ def test_nan_stops_before_it_reaches_the_weights(value, capsys):
     assert all(v.isfinite().all() for v in state(learn).values())
 
 def test_nan_in_a_part_of_an_accumulated_batch():
-    learn,steps = make(bs=32, strong_tfms=Spoil(strong_tfms(8, **mild), 6), projector_bn=False),Steps()
+    learn,steps = make(bs=32, strong_tfms=Spoil(mild_views()['strong_tfms'], 6), projector_bn=False),Steps()
     fit(learn, cbs=[GradientAccumulation(128), steps])
     assert steps.n==5 and len(learn.guard.alarms)==1 and all(v.isfinite().all() for v in state(learn).values())
 
@@ -180,7 +143,7 @@ def test_nan_says_where_it_comes_from():
     assert 'weights of the student' in cause()
 
 def test_without_a_guard_nan_goes_everywhere():
-    learn = make(strong_tfms=Spoil(strong_tfms(8, **mild), 7))
+    learn = make(strong_tfms=Spoil(mild_views()['strong_tfms'], 7))
     learn.remove_cb(learn.guard)
     assert not all(p.isfinite().all() for p in fit(learn).model.parameters())
 

@@ -1,5 +1,4 @@
 "Label efficiency: fixed balanced draws, only these labels used, each row from where it should start, one schedule."
-import random
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, scipy.stats, torch
@@ -7,6 +6,7 @@ from fastai.vision.all import Learner, Normalize
 from fastai.vision.learner import model_meta
 from sklearn.linear_model import LogisticRegression
 from torchvision.models import resnet18
+from helpers import fit, make, same, seed_all, state
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
@@ -14,7 +14,6 @@ from ressl_fastai.label_efficiency import (draw_labels, label_rows, labelled_par
                                            summarize_labels)
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.loaders import clean_dl
-from test_training import fit, make, same, state
 
 arch = partial(small_resnet, widen=0.125)
 dls = partial(digits_dls, 8, bs=64)
@@ -96,7 +95,7 @@ def test_fine_tuned_and_scratch_differ_only_in_where_they_start(fits, teacher):
 def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
     learn = pretrained()
     df = learn.label_efficiency(learn.dls, 1, seeds=2, rows=('frozen features','raw pixels'))
-    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn)
+    (tx,ty),(vx,vy) = embed(learn, learn.dls.train),embed(learn, learn.dls.valid)
     def pixels(dl): return torch.cat([b[0].flatten(1) for b in clean_dl(dl)]).as_subclass(torch.Tensor)
     def by_hand(x, valid_x, seed, scale_by_all):
         idxs = draw_labels(ty, 1, seed=seed)
@@ -115,9 +114,7 @@ def test_random_encoder_is_the_untrained_network():
     learn = pretrained(2)
     df = learn.label_efficiency(learn.dls, 3, seeds=1, rows=('frozen features','random encoder'), arch=arch)
     untrained = few()
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed_all()
     untrained.model.encoder.load_state_dict(create_encoder(arch, 1, size=8).state_dict())
     want = untrained.label_efficiency(untrained.dls, 3, seeds=1, rows=('frozen features',)).accuracy[0]
     assert df.accuracy[1]==want!=df.accuracy[0]

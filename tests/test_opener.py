@@ -6,20 +6,20 @@ from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.data import partial_dataloaders, weighted_dataloaders  # noqa: puts them on Datasets
-from fastai.vision.all import (CategoryBlock, ColReader, CrossEntropyLossFlat, DataBlock, DataLoader, ImageBlock,
-                               ImageDataLoaders, IndexSplitter, IntToFloatTensor, L, Learner, MaskBlock, Pipeline,
-                               PILImage, PILImageBW, RandomSplitter, Resize, TensorImage, TfmdDL, TfmdLists, ToTensor,
-                               TransformBlock, accuracy, get_image_files, load_learner, parent_label)
-from PIL import Image, ImageOps, PngImagePlugin
+from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, ImageDataLoaders,
+                               IndexSplitter, IntToFloatTensor, Learner, MaskBlock, PILImage, PILImageBW, Resize,
+                               TensorImage, TfmdDL, TfmdLists, ToTensor, TransformBlock, accuracy, get_image_files,
+                               parent_label)
+from helpers import fit, layout
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from ressl_fastai.data import cached_dls, find_images, folder_dls, image_suffixes, tensor_dls
 from ressl_fastai.evaluate import embed, knn_accuracy
-from ressl_fastai.images import ImageError, PILImage12, PILImage16, channels_last, look_at_files, open_image, set_opener
+from ressl_fastai.images import ImageError, PILImage12, PILImage16, open_image, set_opener
 import ressl_fastai.curate
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.loaders import clean_dl, first_images
-from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import small_resnet
 
 rng = np.random.default_rng(0)
@@ -31,9 +31,6 @@ def piece(h=40, w=60, i=0):
     return Image.fromarray(photos[i % 2][t : t + h, l : l + w])
 
 
-def fit(learn, n=1, **kw):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-3, **kw)
-    return learn
 def dls_of(files, bs=4, cls=PILImage, labels=False, valid=(0,1), workers=0, **kw):
     blocks = (ImageBlock(cls),CategoryBlock) if labels else ImageBlock(cls)
     return DataBlock(
@@ -470,7 +467,7 @@ def test_fewer_labels_than_a_batch_are_trained_on(tmp_path):
     with pytest.raises(ValueError, match='at least 2 images, it has 1'): learn.to_vision_learner(one)
 
 def test_a_table_with_some_labels(tmp_path):
-    ds = folder(tmp_path)
+    folder(tmp_path)
     files = get_image_files(tmp_path).sorted()
     table = pd.DataFrame(
         dict(
@@ -505,11 +502,6 @@ def test_a_table_with_some_labels(tmp_path):
 
 # folders
 
-def layout(tmp_path, *names):
-    for i,nm in enumerate(names):
-        (tmp_path/nm).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((8,8), i, np.uint8)).save(tmp_path/nm)
-    return tmp_path
 def taken(tmp_path):
     dls = folder_dls(tmp_path, 8, 1, valid_pct=0.5, num_workers=0)
     return [*map(lambda f: str(f.relative_to(tmp_path)), dls.train.items)], dls

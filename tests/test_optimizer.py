@@ -8,11 +8,12 @@ from torch.profiler import profile
 
 from ressl_fastai.callback import ReSSL
 from ressl_fastai.optimizer import FusedAdam
-from test_checkpoint import check
-from test_checkpoint import make as small
-from test_training import darker
+from crashes import check
+from crashes import make as small
+from helpers import quiet
 
 def same(x): return x
+def darker(x): return x*0.5
 
 class Everywhere(FusedAdam):
     "Fused on a CPU, too"
@@ -33,18 +34,15 @@ def learner(opt_func, **kwargs):
     learn.model.double()
     return learn
 
-def quiet(learn, f):
-    with learn.no_bar(), learn.no_logging(): f()
-
-def schedules(learn): quiet(learn, lambda: learn.fit_one_cycle(5, 1e-2, wd=0.1))
-def groups(learn): quiet(learn, lambda: learn.fit_one_cycle(5, slice(1e-4, 1e-2)))
+def schedules(learn): quiet(learn, learn.fit_one_cycle, 5, 1e-2, wd=0.1)
+def groups(learn): quiet(learn, learn.fit_one_cycle, 5, slice(1e-4, 1e-2))
 def frozen(learn):
     learn.freeze()
-    quiet(learn, lambda: learn.fit_one_cycle(2, 1e-2))
+    quiet(learn, learn.fit_one_cycle, 2, 1e-2)
     for p in learn.model.parameters():
         p.grad = None  # fastai's zeros would let weight decay act on what is frozen later
     learn.unfreeze()
-    quiet(learn, lambda: learn.fit_flat_cos(3, slice(1e-3, 1e-2)))
+    quiet(learn, learn.fit_flat_cos, 3, slice(1e-3, 1e-2))
 
 def weights(opt_func, run, **kwargs):
     learn = learner(opt_func, **kwargs)

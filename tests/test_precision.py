@@ -5,14 +5,14 @@ from functools import partial
 import numpy as np, pytest, torch, torchvision.models as tv
 from fastai.callback.fp16 import AMPMode
 from fastai.vision.all import Callback, MixedPrecision, SGD
+from helpers import fit, make, state
 
 from ressl_fastai import precision as P
 from ressl_fastai.callback import ReSSL
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.models import small_resnet
-from ressl_fastai.precision import DevicePrecision, choose_precision
-from test_training import fit, make, same, state
+from ressl_fastai.precision import choose_precision
 
 resnet = partial(small_resnet, widen=0.125)
 def few(**kwargs): return make(digits_dls(8, bs=256), resnet, **kwargs)
@@ -147,10 +147,10 @@ def test_channels_last_in_student_and_teacher(channels_last):
 def test_what_is_measured_is_measured_in_float32():
     "embed, kNN and validation do not depend on the precision of training"
     learn = fit(few(precision='bfloat16'))
-    a,loss = embed(learn)[0],learn.validate()[0]
+    a,loss = embed(learn, learn.dls.valid)[0],learn.validate()[0]
     learn.to_fp32()
-    assert torch.equal(a, embed(learn)[0]) and loss==learn.validate()[0]
-    with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(a, embed(learn)[0])  # control
+    assert torch.equal(a, embed(learn, learn.dls.valid)[0]) and loss==learn.validate()[0]
+    with torch.autocast('cpu', torch.bfloat16): assert not torch.equal(a, embed(learn, learn.dls.valid)[0])  # control
 
 def test_auto_asks_the_processor(monkeypatch):
     has = P.has_bfloat16

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest, torch, torchvision.models as tv
 from torch import nn
+from helpers import fit, same, state
 
 from ressl_fastai import precision
 from ressl_fastai.data import digits_dls
@@ -15,7 +16,6 @@ from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.precision import half_fault
 from ressl_fastai.views import multi_crop_tfms
-from test_training import fit, same, state
 
 
 class Unwritten(torch.autograd.Function):

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np, pytest, torch
 from fastai.data.block import DataBlock
 from fastai.data.transforms import Normalize, RandomSplitter
-from fastai.optimizer import SGD
 from fastai.torch_core import norm_bias_params
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
@@ -19,42 +18,17 @@ from ressl_fastai.models import create_encoder, small_resnet
 from ressl_fastai.recipes import recipe, recipes
 
 # PAPER.md, section 2; the small ones from cywinski/ressl_audio@9dff2db, ImageNet's from mingkai-zheng/ReSSL@4d67daa
-views = dict(
-    scale=(0.2, 1), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, blur_sigma=(0.1, 2)
-)
-every = dict(
-    views,
-    bs=256,
-    batch_norm='split',
-    n_splits=8,
-    student_temp=0.1,
-    teacher_temp=0.04,
-    projector_layers=2,
-    projector_bn=False,
-    predictor_layers=0,
-    warmup=None,
-    mom=0.9,
-    decouple_wd=False,
-    n_epoch=200,
-    warmup_epochs=5,
-)
+views = dict(scale=(0.2, 1), flip_p=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5,
+             blur_sigma=(0.1, 2))
+every = dict(views, bs=256, batch_norm='split', n_splits=8, student_temp=0.1, teacher_temp=0.04, projector_layers=2,
+             projector_bn=False, predictor_layers=0, warmup=None, mom=0.9, decouple_wd=False, n_epoch=200,
+             warmup_epochs=5)
 small = dict(every, arch='resnet18', n_hidden=2048, dim=128, lr=0.06, wd=5e-4, wd_bn_bias=True)
 cifar = dict(small, size=32, stem='small', queue_size=4096, teacher_momentum=0.99)
 medium = dict(small, size=64, stem='small_pool', queue_size=16384, teacher_momentum=0.996)
-imagenet = dict(
-    every,
-    arch='resnet50',
-    n_hidden=4096,
-    dim=512,
-    lr=0.05,
-    wd=1e-4,
-    wd_bn_bias=False,
-    size=224,
-    stem='standard',
-    queue_size=131072,
-    teacher_momentum=0.999,
-    norm_stats=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-)
+imagenet = dict(every, arch='resnet50', n_hidden=4096, dim=512, lr=0.05, wd=1e-4, wd_bn_bias=False, size=224,
+                stem='standard', queue_size=131072, teacher_momentum=0.999,
+                norm_stats=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 official = {
     'cifar10': dict(cifar, norm_stats=((.4914,.4822,.4465),(.2023,.1994,.2010))),
     'cifar100': dict(cifar, norm_stats=((.5071,.4867,.4408),(.2675,.2565,.2761))),
@@ -163,7 +137,7 @@ def fit(r, learn, **kwargs):
 def test_two_steps_train():
     r = recipe('cifar10', **tiny)
     learn = r.learner(dls())
-    before,pairs = weights(learn),[]
+    before = weights(learn)
     fit(r, learn, n_epoch=1, warmup_epochs=0, cbs=[])
     assert learn.train_iter==2 and all(math.isfinite(o) for o in learn.recorder.losses)
     assert any(not torch.equal(v, before[k]) for k,v in weights(learn).items())

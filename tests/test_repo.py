@@ -270,3 +270,22 @@ def test_no_module_takes_private_names_from_another():
     assert {m: found for m,source in sources.items() if (found := private_imports(source))} == {}
 
     assert private_imports('from .a import _b, c\nfrom . import __version__\nfrom torch import _c') == ['_b']
+
+
+def imported_tests(source):
+    "Test modules that a module of `tests` imports"
+    names = []
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, ast.Import): names += [a.name for a in n.names]
+        if isinstance(n, ast.ImportFrom):
+            names += [n.module] if n.module not in (None, 'tests') else [a.name for a in n.names]
+    return [nm for nm in names if nm.removeprefix('tests.').startswith('test_')]
+
+def test_no_test_module_imports_another():
+    "What several need is in helpers.py, crashes.py, looks.py or conftest.py"
+    files = {p.name: p.read_text(encoding='utf-8') for p in (root/'tests').glob('*.py')}
+    assert {nm: found for nm,source in files.items() if (found := imported_tests(source))} == {}
+
+    for bad in ('from test_a import b', 'import tests.test_a as a', 'def f(): from tests import test_a'):
+        assert len(imported_tests(bad)) == 1, bad
+    assert imported_tests('from helpers import fit\nfrom fastai.test_utils import synth_learner') == []

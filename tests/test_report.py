@@ -1,20 +1,18 @@
 "The report: one page that needs nothing else, says what is true, escapes what is foreign, and changes nothing"
 import base64, json, random, re, shutil, subprocess
-from functools import partial
 from html.parser import HTMLParser
 from io import BytesIO
 
 import jinja2, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, TensorImage, TfmdDL
 from matplotlib import pyplot as plt, text as mpl_text
+from helpers import NoBN, fit, seed_all
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
-from torch import nn
 
 from ressl_fastai import report
-from ressl_fastai.all import Learner, accuracy, digits_dls, get_arch, ressl_learner, small_resnet, vision_learner
-from ressl_fastai.transfer import load_encoder
+from ressl_fastai.all import Learner, digits_dls, ressl_learner, small_resnet
 from ressl_fastai.health import HealthMonitor
 from ressl_fastai.evaluate import embed
 from ressl_fastai.interpret import pictures
@@ -51,16 +49,10 @@ def not_self_contained(html):
 
 def pixels(src): return Image.open(BytesIO(base64.b64decode(src.removeprefix('data:image/png;base64,'), validate=True)))
 
-class NoBN(nn.Sequential):
-    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
-
 def make(dls, path, arch=None, n=1, **kwargs):
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    seed_all()
     learn = ressl_learner(dls, arch or NoBN(), queue_size=min(64, dls.train.n), n_hidden=16, dim=8, path=path, **kwargs)
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
-    return learn
+    return fit(learn, n)
 
 evil_file,evil_class = '<img src=x onerror=alert(1)>{{1}}&amp;', '<script>alert(1)</script>'
 

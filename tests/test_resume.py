@@ -6,48 +6,29 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import (Callback, CategoryBlock, CSVLogger, DataBlock, EarlyStoppingCallback,
-                               GradientAccumulation, ImageBlock, ImageDataLoaders, IndexSplitter, L, Normalize,
-                               PILImageBW, RandomSplitter, RandomResizedCrop, Resize, SaveModelCallback, SchedCos,
-                               Transform, aug_transforms, get_image_files, parent_label, PILImage)
+from fastai.vision.all import (Callback, CategoryBlock, CSVLogger, DataBlock, ImageBlock, ImageDataLoaders,
+                               IndexSplitter, L, PILImageBW, RandomSplitter, RandomResizedCrop, Resize, Transform,
+                               aug_transforms, get_image_files, parent_label, PILImage)
 from PIL import Image
-from test_checkpoint import Crash, check, differences, digits, everything, fit, small_dls
-from test_checkpoint import make as make_learner
+from crashes import differences, digits, everything, fit, from_folder, of_colour, small_dls, train
+from crashes import make as make_learner
+from helpers import Crash, write_digits
 
 from ressl_fastai.callback import InfoNCEWarmup
 from ressl_fastai.checkpoint import Checkpoint
-from ressl_fastai.checkpoint_file import decode, encode, last_checkpoint
+from ressl_fastai.checkpoint_file import decode, encode
 from ressl_fastai.files import hold
 from ressl_fastai.data import cached_dls, tensor_dls
-from ressl_fastai.evaluate import KNNAccuracy
 from ressl_fastai.fingerprint import data_fingerprint, digest, item_fingerprints
-from ressl_fastai.health import HealthMonitor
 from ressl_fastai.models import small_resnet
-from ressl_fastai.views import multi_crop_tfms, strong_tfms, weak_tfms
 
 def make(seed=0, dls=None, **kwargs):
-    return make_learner(
-        seed, dls, **{**({} if dls is None else dict(arch=partial(small_resnet, widen=0.125), stem='small')), **kwargs}
-    )
-
-
-def write_digits(path, n=80):
-    for i in range(n):
-        f = path/str(digits.target[i])/f'{i:03}.png'
-        f.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((digits.images[i]*15).astype(np.uint8)).save(f)
-    return path
+    return make_learner(seed, dls, **{**(of_colour if dls else {}), **kwargs})
 
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
     torch.set_num_threads(1)
     return write_digits(tmp_path_factory.mktemp('images'))
-
-def from_folder(path, seed, **kwargs):
-    return ImageDataLoaders.from_folder(
-        path, valid_pct=0.2, seed=seed, **{**dict(item_tfms=Resize(8), bs=16, num_workers=0), **kwargs}
-    )
-
 
 # the split
 
@@ -312,49 +293,6 @@ def test_the_fingerprint_opens_few_files_and_leaves_random_states_alone(tmp_path
 
 # callbacks
 
-def everything_and(learn, cbs, path):
-    "And what callbacks leave behind; NaN, where nothing was measured, as -1"
-    def numbers(rows): return torch.tensor([list(map(float, o)) for o in rows], dtype=torch.float64).nan_to_num(-1.)
-    history = [numbers(o.values() for o in cb.history) for cb in cbs if isinstance(cb, HealthMonitor)]
-    rows = [l.rsplit(',', 1)[0] for l in (path/'history.csv').read_text().splitlines()]  # without the time
-    return {
-        **everything(learn),
-        'values': numbers(learn.recorder.values),
-        'history': history,
-        'csv': rows,
-        'best': torch.load(path / 'best.pth'),
-    }
-
-
-def full_learner(seed, dls):
-    "Labels, kNN every second epoch, multi-crop with a generator of its own, warm-up and schedules"
-    return make(
-        seed,
-        dls,
-        metrics=KNNAccuracy(every=2),
-        warmup=InfoNCEWarmup(1, ramp=2),
-        teacher_momentum=SchedCos(0.9, 1.0),
-        weak_tfms=weak_tfms(8),
-        strong_tfms=multi_crop_tfms(8, (1, 0.7), (0.2, 0.1), (1.0, 0.5), generator=torch.Generator().manual_seed(7)),
-    )
-
-def full_callbacks(path):
-    return [
-        HealthMonitor(),
-        GradientAccumulation(40),
-        CSVLogger(path / 'history.csv', append=True),
-        SaveModelCallback('valid_loss', fname=path / 'best'),
-        EarlyStoppingCallback('valid_loss', patience=9),
-    ]
-
-
-def train(path, seed, dls, *more):
-    "Everything that the fit leaves behind; the bar is on"
-    path.mkdir(exist_ok=True)
-    learn,cbs = full_learner(seed, dls),full_callbacks(path)
-    learn.fit_one_cycle(4, 1e-2, cbs=[*cbs,*more])
-    return everything_and(learn, cbs, path)
-
 @pytest.mark.parametrize('every,n_crash', [(1,10), (None,14)])
 def test_common_callbacks_with_the_bar_on_go_on_as_if_nothing_had_been(images, tmp_path, every, n_crash, capsys):
     whole = train(tmp_path/'whole', 0, from_folder(images, 1, num_workers=1))
@@ -560,6 +498,21 @@ def same(a, b):
 def test_ordinary_values_come_back_as_what_they_were(nm, tmp_path):
     torch.save(encode(kinds[nm]), tmp_path/'o.pth')
     assert same(decode(torch.load(tmp_path/'o.pth', weights_only=True)), kinds[nm])
+
+def test_what_a_callback_has_of_the_model_at_hand_is_the_models_after_a_resume_too(tmp_path):
+    """Teacher and student are averaged, and batch norms watched, by lists of the model's own tensors; were these kept
+    as a memory, a fit that goes on would average and watch copies"""
+    seen = []
+    class Look(Callback):
+        order,remembered = 1000,False
+        def after_batch(self):
+            if not self.training: return
+            own = {id(o) for o in (*self.learn.model.parameters(), *self.learn.model.buffers())}
+            lists = *self.learn.ressl.followed,self.learn.guard.statistics
+            seen.append(all(len(o) and all(id(t) in own for t in o) for o in lists))
+    crash(make(arch=partial(small_resnet, widen=0.125)), tmp_path/'run', every=1)
+    fit(make(1, arch=partial(small_resnet, widen=0.125)), n=3, cbs=[Look(), Checkpoint(tmp_path/'run', 1)])
+    assert len(seen)>=3 and all(seen)
 
 def test_the_memory_of_a_callback_is_exact_and_what_cannot_be_kept_is_said(tmp_path, capsys):
     local,loop = collections.namedtuple('Local', 'x'),[]

@@ -3,20 +3,19 @@ import random, zipfile
 from functools import partial
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (Callback, CancelFitException, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
-                               GradientClip, L, Learner, MixedPrecision, Normalize, PILImage, ReduceLROnPlateau,
-                               SaveModelCallback, SGD, ShortEpochCallback, TerminateOnNaNCallback, load_learner)
+from fastai.vision.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, L,
+                               Learner, Normalize, ReduceLROnPlateau, SaveModelCallback, ShortEpochCallback,
+                               TerminateOnNaNCallback, load_learner)
 from torch import Tensor
+from helpers import fit, make, same, state
 
-from ressl_fastai import recipes, transfer  # learn.fit_warmup_cos, learn.save_encoder
+from ressl_fastai import recipes  # learn.fit_warmup_cos
 from ressl_fastai.callback import ReSSL
 from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
-from ressl_fastai.learner import ReSSLLearner, ressl_learner
-from ressl_fastai.losses import ressl_loss
+from ressl_fastai.learner import ReSSLLearner
 from ressl_fastai.models import small_resnet
-from test_training import NoBN, fit, make, same, state
 
 def randoms():
     "All random states, as bytes"
@@ -118,7 +117,7 @@ actions = dict(
     to_channelslast=lambda l: l.to_channelslast(amp_mode='bf16'),
     to_contiguous=lambda l: l.to_contiguous(),
     save_encoder=lambda l: l.save_encoder('enc'),
-    embed=lambda l: embed(l),
+    embed=lambda l: embed(l, l.dls.valid),
     dls=lambda l: setattr(l, 'dls', digits_dls(8, bs=200)),
 )
 callbacks = dict(

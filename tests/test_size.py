@@ -69,9 +69,9 @@ def test_training_sees_views_and_evaluation_whole_images_at_their_size():
     want = net.encode(small(x))
     assert x.shape[2:]==(24,40)
     torch.testing.assert_close(net.encode(x), want, rtol=0, atol=1e-6)
-    torch.testing.assert_close(embed(learn)[0][:len(x)], want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embed(learn, learn.dls.valid)[0][:len(x)], want, rtol=0, atol=1e-5)
     teacher = net.teacher[0](small(x))
-    torch.testing.assert_close(embed(learn, teacher=True)[0][:len(x)], teacher, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embed(learn, learn.dls.valid, teacher=True)[0][:len(x)], teacher, rtol=0, atol=1e-5)
     net.view_size = None
     assert (net.encode(x)-want).abs().max()>1e-3  # control: as the images are
 
@@ -89,7 +89,7 @@ def test_validation_compares_images_at_the_size_of_the_views():
 
 def test_what_is_taken_away_knows_the_size(tmp_path):
     learn = quietly(make(path=tmp_path))
-    want = embed(learn)[0]
+    want = embed(learn, learn.dls.valid)[0]
     learn.export('all.pkl')
     away = load_learner(tmp_path/'all.pkl')
     image = learn.dls.valid_ds[0][0]
@@ -97,7 +97,7 @@ def test_what_is_taken_away_knows_the_size(tmp_path):
     file = learn.save_encoder('enc')
     later = encoder_learner(file, make_dls(), arch)
     assert later.model.view_size==(12,12)
-    torch.testing.assert_close(embed(later)[0], want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embed(later, later.dls.valid)[0], want, rtol=0, atol=1e-5)
     enc = load_encoder(make().model.encoder, file)
     assert enc.view_size==(12,12)
     old = torch.load(file, weights_only=True)

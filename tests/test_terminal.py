@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from fastai.callback.core import Callback
 from PIL import Image
+from helpers import make, write_digits
 
 from ressl_fastai import cli
 from ressl_fastai.cli import ressl_pretrain
 from ressl_fastai.data import digits_dls
 from ressl_fastai.models import small_resnet
-from test_cli import digit_folder
-from test_training import make
 
 pty = pytest.importorskip('pty')  # Windows has none
 
@@ -55,7 +54,7 @@ small = '--arch=small_resnet', '--size=8', '--bs=16', '--gray'
 
 @pytest.fixture
 def folder(tmp_path):
-    digit_folder(tmp_path/'ims', 60)
+    write_digits(tmp_path/'ims', 60)
     Image.new('RGBA', (9,9), (10,200,3,40)).save(tmp_path/'ims'/'0'/'see-through.png')
     return tmp_path
 

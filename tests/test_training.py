@@ -1,14 +1,15 @@
 "What happens around the steps: data as it comes, labels, accumulation, skipped steps, errors, `lr_find`, saving."
-import math, random
+import math
 from functools import partial
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import (Callback, CancelFitException, CancelStepException, DataBlock, GradientAccumulation,
-                               ImageBlock, ImageDataLoaders, MixedPrecision, Normalize, PILImage, RandomResizedCrop,
-                               SchedLin, RandomSplitter, Resize, SaveModelCallback, SGD, TensorImage, Transform,
-                               aug_transforms, get_image_files, imagenet_stats)
-from torch import Tensor, nn
+from fastai.vision.all import (Callback, CancelFitException, DataBlock, GradientAccumulation, ImageBlock,
+                               ImageDataLoaders, MixedPrecision, Normalize, PILImage, RandomResizedCrop, SchedLin,
+                               RandomSplitter, Resize, SaveModelCallback, SGD, TensorImage, Transform, aug_transforms,
+                               get_image_files, imagenet_stats)
+from helpers import Skip, fit, make, same, state
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ressl_fastai.batch_norm import SplitBatchNorm
@@ -16,33 +17,12 @@ from ressl_fastai.callback import InfoNCEWarmup, ReSSL
 from ressl_fastai.loaders import get_normalize
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import KNNAccuracy
-from ressl_fastai.learner import ressl_learner
-from ressl_fastai.transfer import load_encoder
 from ressl_fastai.losses import ressl_loss
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import multi_crop_tfms, strong_tfms, weak_tfms
 
-class NoBN(nn.Sequential):
-    "A network in which images of a batch do not meet"
-    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3))
-
 def identity(x): return x
 def darker(x): return x*0.5
-
-def make(dls=None, arch=None, seed=0, **kwargs):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    dls = dls or digits_dls(8, bs=64)
-    kw = dict(queue_size=200, n_hidden=16, dim=8, metrics=[])
-    return ressl_learner(dls, arch or NoBN(), **{**kw, **kwargs})
-
-def fit(learn, n=1, lr=1e-2, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kwargs)
-    return learn
-
-def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 class See(Callback):
     "Keeps what student and teacher are given"
@@ -54,11 +34,6 @@ class See(Callback):
             self.strong.append(self.xb[0].clone())
             self.weak.append(self.ressl.x_teacher.clone())
 
-
-class Skip(Callback):
-    "Skips every step, as `MixedPrecision` does after an overflow"
-    order = MixedPrecision.order
-    def before_step(self): raise CancelStepException
 
 class Boom(Callback):
     order = ReSSL.order+0.5

@@ -8,14 +8,13 @@ from fastai.vision.all import (CategoryBlock, ImageDataLoaders, MultiCategoryBlo
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from torch import nn
+from helpers import Own, fit, make, same, state
 
 from ressl_fastai.data import digits_dls, tensor_dls
 from ressl_fastai.evaluate import embed, fit_logistic
 from ressl_fastai.label_efficiency import draw_labels, labelled_part
 from ressl_fastai.models import ReSSLModel, small_resnet
 from ressl_fastai.transfer import encoder_learner
-from test_training import fit, make, same, state
 
 arch = partial(small_resnet, widen=0.125)
 digits = load_digits()
@@ -90,15 +89,8 @@ def test_one_accuracy_for_one_encoder(learn):
     other = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=4))
     assert got!=pytest.approx(learn.to_classifier(other, metrics=accuracy).validate()[1])  # control
 
-class Own(nn.Module):
-    "A user's module: features, not maps"
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    def forward(self, x): return self.net(x)
-
 def test_an_encoder_that_gives_features():
-    learn,dls = fit(make(labelled_part(digits_dls(8, bs=64), range(128)), Own(), queue_size=64)),few()
+    learn,dls = fit(make(labelled_part(digits_dls(8, bs=64), range(128)), Own(1), queue_size=64)),few()
     assert (probabilities(learn.to_classifier(dls))-by_hand(learn, dls)).abs().max()<1e-3
 
 # an ordinary learner
@@ -162,10 +154,10 @@ def test_from_a_file(tmp_path, learn):
         want = probabilities(learn.to_classifier(few(), teacher=teacher))
         loaded = encoder_learner(file, dls := few(), arch)
         assert (probabilities(loaded.to_classifier(dls))-want).abs().max()<1e-5
-        embedded = embed(loaded)[0]
+        embedded = embed(loaded, loaded.dls.valid)[0]
         assert isinstance(loaded.model, ReSSLModel) and torch.equal(embedded, embed(learn, dls.valid, teacher)[0])
     untrained = encoder_learner(file, dls, arch, trained=False)
-    assert (embed(untrained)[0]-embedded).abs().max()>1e-2  # control
+    assert (embed(untrained, untrained.dls.valid)[0]-embedded).abs().max()>1e-2  # control
     with pytest.raises(ValueError, match='does not fit'): encoder_learner(file, dls)   # the name does not say the width
 
 # mistakes

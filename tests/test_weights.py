@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np, pytest, torch, torchvision.models as tv
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, PILImage, Learner, vision_learner
 from fastai.vision.models import xresnet
-from torch import Tensor, nn
+from helpers import close, same
+from torch import nn
 
 from ressl_fastai.learner import ressl_learner
-from ressl_fastai.transfer import load_encoder
 from ressl_fastai.models import ReSSLModel, body_stem, create_encoder, set_stem, small_resnet, stems
 from ressl_fastai.weights import load_ressl_weights, read_ressl_weights
-
-def close(a, b): return a.shape==b.shape and bool((a-b).abs().max()<=1e-4*b.abs().max())
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 @torch.no_grad()
 def out(m, x): return m.eval()(x)
