@@ -187,6 +187,7 @@ class Checkpoint(Callback):
     def _say_what_is_lost(self):
         "Once, of callbacks that are the user's own"
         mine = [cb for cb in self.learn.cbs if not is_library(type(cb).__module__)]
-        new = {f'{type(cb).__name__}.{k} ({why})' for cb in mine for k,why in memory_of(cb, net=get_model(self.learn.model))[1].items()}-self.lost
+        lost = [(cb,memory_of(cb, net=get_model(self.learn.model))[1]) for cb in mine]
+        new = {f'{type(cb).__name__}.{k} ({why})' for cb,o in lost for k,why in o.items()}-self.lost
         self.lost |= new
         if new: self._say(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")
