@@ -34,6 +34,7 @@ from ressl_fastai.models import small_resnet
 size = 64
 ways = dict(  # item transform, and the size of views where it is not that of the images
     shrunk_centre=(Resize(size), None),
+    shrunk_squished=(Resize(size, method='squish'), None),
     large_centre=(Resize(160), size),
     whole_squished=(Resize(160, method='squish'), size),
     whole_padded=(Resize(160, method='pad', pad_mode='zeros'), size))

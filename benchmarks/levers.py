@@ -3,10 +3,10 @@
     cd benchmarks; python -W ignore levers.py --prepare /tmp/levers   # pictures, once; see hand_over.py for packages
     python -W ignore levers.py --data /tmp/levers --out FOLDER [--seconds 450] [--workers 10] [--images 64000]
 
-One JSON line per training in FOLDER/levers.jsonl. Everything is as `ressl_learner(dls, small_resnet)` has it at 32
-pixels, with `stem='small_pool'`, but for the lever; all see as many images (64,000 are about 1.6 minutes of the 2
-cores of a small machine). First every lever is tried with one seed. Then the plain set-up and the levers that paid,
-and those that the papers speak of, are run with two more seeds, and last combinations of what paid.
+One JSON line per training in FOLDER/levers.jsonl. Everything is as `ressl_learner(dls, small_resnet, warmup=None)` has
+it at 32 pixels, with `stem='small_pool'`, but for the lever; all see as many images (64,000 take one core of a
+processor with bfloat16 two to three minutes). First every lever is tried with one seed. Then the plain set-up and the
+levers that paid, and those that the papers speak of, are run with two more seeds, and last combinations of what paid.
 
 emoji: pretrained on the pictures of two vendors, without labels; kNN and logistic regression on ten labels per class
 (mean of three draws) learn from Google's and are tested on Twitter's; `same` is how often the nearest of Google's
@@ -150,6 +150,7 @@ def run(data, seed, images, device, bs=64, lr=lr, wd=None, pct_start=0.25, cbs=N
     part = x[::4].float()/255
     mean,std = part.mean((0,2,3)),part.std((0,2,3))
     dls.add_tfms([Normalize.from_stats(mean.tolist(), std.tolist(), cuda=device.type=='cuda')], 'after_batch')
+    kwargs = {'warmup':None, **kwargs}
     learn = ressl_learner(dls, small_resnet, stem='small_pool', metrics=[], cbs=cbs() if cbs else None, **kwargs)
     n_epoch = max(1, round(images/(len(dls.train)*bs)))
     start = time.perf_counter()

@@ -81,6 +81,7 @@ def run(data, nm, seed):
         weak_tfms=weak_tfms(16, **views[data]),
         strong_tfms=strong_tfms(16, **views[data]),
         teacher_momentum=0.97,
+        warmup=None,
         metrics=[],
     )
     fill = kwargs.pop('fill', None)

@@ -4,7 +4,7 @@
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
 - `ressl_fastai.checkpoint`: `Checkpoint('run')`: after a crash the same line goes on where the training was, bit for bit.
 - `ressl_fastai.checkpoint_file`: The file of a checkpoint: ordinary Python values as plain types, whole or not there, the last good one found.
-- `ressl_fastai.cli`: `ressl_pretrain`, `ressl_evaluate`, `ressl_embed`: a folder of images becomes an encoder, accuracies, embeddings.
+- `ressl_fastai.cli`: `ressl_pretrain`, `ressl_evaluate`, `ressl_embed`, `ressl_prepare`: a folder of images becomes an encoder, accuracies, embeddings.
 - `ressl_fastai.curate`: Use what the encoder has learned before there are labels: find duplicates, outliers and clusters, and what to label first.
 - `ressl_fastai.data`: From a folder of images, or an array of small ones, to `DataLoaders`: found, looked at once, and decoded once.
 - `ressl_fastai.distributed`: Several processes, GPUs or machines train one model: `with learn.distrib_ctx(): learn.fit_one_cycle(100)`.
@@ -22,6 +22,7 @@
 - `ressl_fastai.models`: An encoder from any architecture, a projector, an optional predictor, the teacher and the queue in one module.
 - `ressl_fastai.optimizer`: `FusedAdam`: fastai's `Adam`, whose step on a GPU is one kernel for many parameters instead of ten for each.
 - `ressl_fastai.precision`: bfloat16 autocast and channels-last layout on the device of the data, where they pay.
+- `ressl_fastai.prepare`: Resize a folder of photographs once, so that every epoch after that reads small files.
 - `ressl_fastai.recipes`: `recipe('cifar10').learner(dls)`: the papers' experiments, every hyper-parameter with its source and open to change.
 - `ressl_fastai.report`: `learn.report()`: one self-contained HTML page of what was trained, how well it went, what the encoder sees, and how to use it.
 - `ressl_fastai.same_fit`: Is it the same training? Settings and data as they can be kept, compared by name, and the split that is continued.

@@ -21,10 +21,11 @@ from ressl_fastai.models import (Embedder, Encoder, ReSSLModel, create_encoder, 
                                  set_stem, small_resnet, stems)
 from ressl_fastai.optimizer import FusedAdam
 from ressl_fastai.precision import DevicePrecision, choose_precision, has_bfloat16, precisions
+from ressl_fastai.prepare import prepare_images
 from ressl_fastai.recipes import Recipe, recipe, recipes
 import ressl_fastai.report  # learn.report()
 from ressl_fastai.signs import draw_signs, sign_kinds, write_signs
 from ressl_fastai.teacher import make_teacher, update_teacher
 from ressl_fastai.transfer import encoder_learner, load_encoder
-from ressl_fastai.views import RandomView, multi_crop_tfms, show_views, strong_tfms, weak_tfms
+from ressl_fastai.views import RandomView, full_size, multi_crop_tfms, show_views, strong_tfms, weak_tfms
 from ressl_fastai.weights import load_ressl_weights, read_ressl_weights

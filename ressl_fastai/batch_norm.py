@@ -27,6 +27,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 # %% ../nbs/03_batch_norm.ipynb #4e5c6dfe
+def _beside(x, n):
+    "(bs, nf, h, w) with channels last to (bs/n, n*nf, h, w) with channels last"
+    return x.permute(0,2,3,1).unflatten(0, (-1,n)).permute(0,2,3,1,4).flatten(3).permute(0,3,1,2)
+
+class _Behind(torch.autograd.Function):
+    "The reverse of `_beside`; no view, since an activation in place on a view is slow in the backward pass"
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.n,(bs,nf,h,w) = n,x.shape
+        res = torch.empty(bs*n, nf//n, h, w, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        parts = x.permute(0,2,3,1).unflatten(3, (n,-1)).permute(0,3,1,2,4)
+        res.permute(0,2,3,1).unflatten(0, (-1,n)).copy_(parts)
+        return res
+
+    @staticmethod
+    def backward(ctx, grad): return _beside(grad, ctx.n),None
+
 def split_batch_norm(
     x:Tensor, # (bs, nf, ...); more than one value per part and feature
     n_splits:int, # Number of parts, must divide bs
@@ -36,7 +53,7 @@ def split_batch_norm(
     bias:Tensor|None=None, # (nf,), None for 0
     momentum:float=0.1, # Share of the batch in the new running statistics, in [0, 1]
     eps:float=1e-5 # Added to the variance
-) -> Tensor: # Shape and dtype of `x`
+) -> Tensor: # Shape, dtype and layout of `x`
     "`F.batch_norm` in training, for each of `n_splits` parts of the batch with its own statistics"
     bs,nf,*pos = x.shape
     if bs%n_splits: raise ValueError(
@@ -45,10 +62,12 @@ def split_batch_norm(
         f"n_splits={n_splits} parts of a batch of {bs} have one value per feature, so no variance: "
         "take a larger bs or a smaller n_splits")
     mean,var,w,b = [None if t is None else t.repeat(n_splits) for t in (running_mean, running_var, weight, bias)]
-    res = F.batch_norm(x.reshape(bs//n_splits, n_splits*nf, *pos), mean, var, w, b, True, momentum, eps)
+    last = x.ndim==4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    parts = _beside(x, n_splits) if last else x.reshape(bs//n_splits, n_splits*nf, *pos)
+    res = F.batch_norm(parts, mean, var, w, b, True, momentum, eps)
     for running,parts in ((running_mean, mean), (running_var, var)):
         if running is not None: running.copy_(parts.view(n_splits, nf).mean(0))
-    return res.reshape(x.shape)
+    return _Behind.apply(res, n_splits) if last else res.reshape(x.shape)
 
 # %% ../nbs/03_batch_norm.ipynb #12bc06b2
 class BatchNormNd(nn.BatchNorm2d):

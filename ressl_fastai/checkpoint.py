@@ -6,6 +6,10 @@ the training depends on: student, teacher, predictor and queue, optimizer and gr
 which images are held out, and the order of the batches. Run again, the same line continues; with other settings or
 other data it is refused and says which.
 
+The result is then that of a fit which nothing interrupted, bit for bit. On a GPU that needs `set_seed(seed,
+reproducible=True)` before the learner is made, or `ressl_pretrain --reproducible`: without it two whole runs with one
+seed already differ there.
+
 The last two files are kept; a damaged one is passed over. What is in them, and when a fit is the same, is said in
 `checkpoint_file`, `same_fit` and `training_state`; here is when it happens.
 
@@ -186,8 +190,10 @@ class Checkpoint(Callback):
 
     def _say_what_is_lost(self):
         "Once, of callbacks that are the user's own"
-        mine = [cb for cb in self.learn.cbs if not is_library(type(cb).__module__)]
-        lost = [(cb,memory_of(cb, net=get_model(self.learn.model))[1]) for cb in mine]
-        new = {f'{type(cb).__name__}.{k} ({why})' for cb,o in lost for k,why in o.items()}-self.lost
+        new,net = set(),get_model(self.learn.model)
+        for cb in self.learn.cbs:
+            if is_library(type(cb).__module__): continue
+            _,lost = memory_of(cb, net=net)
+            new |= {f'{type(cb).__name__}.{k} ({why})' for k,why in lost.items()}-self.lost
         self.lost |= new
         if new: self._say(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")

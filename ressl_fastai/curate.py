@@ -24,28 +24,37 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.learner import Learner
-from fastcore.basics import patch
+from fastcore.basics import ifnone, patch
 from fastcore.meta import delegates
+from fastprogress.fastprogress import progress_bar
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
-from .interpret import (checked_positions, class_name, item_table, looked_at, nearest, short, show_items,
-                                    similarities)
+from .evaluate import at_once, many, together
+from .interpret import (checked_positions, class_name, item_table, looked_at, model_device, nearest, short,
+                                    show_items)
 
 # %% ../nbs/33_curate.ipynb #d8adc510
-def _similar_pairs(x, threshold, max_pairs, chunk):
+@torch.no_grad()
+def _similar_pairs(x, threshold, max_pairs, chunk, device):
     "Rows, columns and cosines of what is similar, row before column"
-    pairs,n = [],0
-    for i,sims in similarities(x, x, chunk):
-        row,col = (sims>=threshold).triu(i+1).nonzero(as_tuple=True)
-        pairs.append((row+i, col, sims[row,col]))
+    x, = together([F.normalize(x, dim=1)], device)
+    pairs,n,step = [],0,max(1, ifnone(chunk, at_once(len(x), x.device))//len(x))
+    starts = range(0, len(x), step)
+    if len(x)>many:
+        print(f"comparing {len(x):,} images with each other: {len(x)*(len(x)-1)//2:,} pairs on {x.device}", flush=True)
+        starts = progress_bar(starts, leave=False)
+    for i in starts:
+        sims = x[i:i+step] @ x[i:].T
+        row,col = (sims>=threshold).triu(1).nonzero(as_tuple=True)
+        pairs.append((row+i, col+i, sims[row,col]))
         n += len(row)
         if n>max_pairs: raise ValueError(f"more than max_pairs={max_pairs} pairs have a cosine of "
                                          f"threshold={threshold} or more: raise the threshold")
-    return [torch.cat(o).numpy() for o in zip(*pairs)]
+    return [torch.cat(o).cpu().numpy() for o in zip(*pairs)]
 
 def _groups(row, col, sims, n):
     "A table of the images in pairs: index, group (largest first), size, similarity to the most similar in the group"
@@ -64,13 +73,13 @@ def find_duplicates(self:Learner,
     threshold:float=0.995, # Lowest cosine of the features, in (0, 1)
     pairs:bool=False, # Every pair, instead of groups
     max_pairs:int=100_000, # More are refused
-    chunk:int=2**24, # Similarities in memory at a time, about
+    chunk:int=None, # Similarities in memory at a time, about; default: `at_once`
     **kwargs
 ) -> pd.DataFrame: # A row per image, largest group first: index, path, group, size, similarity; or per pair
     "Images that are nearly the same: `groups.duplicated('group')` marks all but one of each"
     if not 0<threshold<1: raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
     dl,x,_ = looked_at(self, **kwargs)
-    row,col,sims = _similar_pairs(x, threshold, max_pairs, chunk)
+    row,col,sims = _similar_pairs(x, threshold, max_pairs, chunk, model_device(self))
     if not pairs:
         df = _groups(row, col, sims, dl.n)
         return item_table(dl, df['index'], **{o:df[o].to_numpy() for o in ('group','size','similarity')})
@@ -83,15 +92,22 @@ def find_duplicates(self:Learner,
 @delegates(looked_at)
 def find_outliers(self:Learner,
     k:int=10, # Nearest images that count
+    bank:int=many, # Images that each is compared with, at most, a fixed random choice; None: all
     **kwargs
 ) -> pd.DataFrame: # All images of `dl`, most unusual first: index, path, and score, the mean cosine distance, in [0, 2]
     "How far each image is from those most like it"
     dl,x,_ = looked_at(self, **kwargs)
-    score = 1-nearest(x, k=k)[0].mean(1)
+    if bank==many<len(x):
+        print(f"each of the {len(x):,} images is compared with {many:,}, always the same: bank=None takes all")
+    score = 1-nearest(x, k=k, most=bank, device=model_device(self))[0].mean(1)
     order = score.argsort(descending=True, stable=True)
     return item_table(dl, order, score=score[order].numpy())
 
 # %% ../nbs/33_curate.ipynb #c1000002
+def _means(n, n_images, seed):
+    "k-means, in small batches where there are many images"
+    return (KMeans if n_images<=20_000 else MiniBatchKMeans)(n, random_state=seed, n_init=1)
+
 @patch
 @delegates(looked_at)
 def find_clusters(self:Learner,
@@ -103,7 +119,7 @@ def find_clusters(self:Learner,
     dl,x,y = looked_at(self, **kwargs)
     if not 2<=n<=dl.n: raise ValueError(f"n must be at least 2 and at most the {dl.n} images, got {n}")
     x = F.normalize(x, dim=1).numpy()
-    means = (KMeans if len(x)<=20_000 else MiniBatchKMeans)(n, random_state=seed, n_init=1).fit(x)
+    means = _means(n, len(x), seed).fit(x)
     df = pd.DataFrame(dict(index=np.arange(len(x)), cluster=means.labels_))
     centers = means.cluster_centers_/np.linalg.norm(means.cluster_centers_, axis=1, keepdims=True)
     df['typicality'] = (x*centers[means.labels_]).sum(1)  # cosine to the centre
@@ -140,10 +156,10 @@ def show_clusters(self:Learner,
     show_items(dl, shown, ncols=k, imsize=imsize, rows=rows)
 
 # %% ../nbs/33_curate.ipynb #8066a571
-def _typicality(x, k):
-    "Inverse mean distance of the rows of `x`, of length 1, to the `k` nearest"
+def _typicality(x, k, device, most=10_000):
+    "Inverse mean distance of the rows of `x`, of length 1, to the `k` nearest; in huge clusters, of some"
     k = min(k, len(x)//2)
-    return 1/((2-2*nearest(x, k=k)[0]).clamp(min=0).sqrt().mean(1)+1e-5) if k else torch.zeros(len(x))
+    return 1/((2-2*nearest(x, k=k, most=most, device=device)[0]).clamp(min=0).sqrt().mean(1)+1e-5) if k else torch.zeros(len(x))
 
 def typiclust(
     x:Tensor, # (size, nf) features
@@ -151,17 +167,18 @@ def typiclust(
     labelled:list=(), # Rows that have a label already
     k:int=20, # Neighbours that typicality looks at; at most half a cluster
     max_clusters:int=500, # Clusters at most; more labels are spread over these
-    seed:int=0 # For k-means
+    seed:int=0, # For k-means
+    device:torch.device|str='cpu' # Where images are compared, if it is a GPU with room for it
 ) -> pd.DataFrame: # n rows, best first: index, cluster, size of the cluster, typicality
     "Typical images of as many clusters as possible (2202.02794)"
     x,labelled = F.normalize(x.as_subclass(Tensor), dim=1),sorted(set(labelled))
     free = len(x)-len(labelled)
     if not 1<=n<=free: raise ValueError(f"n must be at least 1 and at most the {free} images without a label, got {n}")
-    cluster = KMeans(min(len(labelled)+n, max_clusters), random_state=seed, n_init=1).fit_predict(x.numpy())
+    cluster = _means(min(len(labelled)+n, max_clusters), len(x), seed).fit_predict(x.numpy())
     df = pd.DataFrame(dict(index=np.arange(len(x)), cluster=cluster, typicality=0., labelled=False))
     df.loc[labelled,'labelled'] = True
     clusters = df.groupby('cluster')
-    for rows in clusters.groups.values(): df.loc[rows,'typicality'] = _typicality(x[rows], k).double().numpy()
+    for rows in clusters.groups.values(): df.loc[rows,'typicality'] = _typicality(x[rows], k, device).double().numpy()
     df['size'],df['n_labelled'] = clusters.index.transform('size'),clusters.labelled.transform('sum')
     df = df[~df.labelled]
     turn = df.groupby('cluster').typicality.rank(method='first', ascending=False)
@@ -208,5 +225,5 @@ def suggest_labels(self:Learner,
 ) -> pd.DataFrame: # n rows, best first: index, path, cluster, size of the cluster, typicality
     "Which images to label first: typical ones, spread over the data (TypiClust, 2202.02794)"
     dl,x,_ = looked_at(self, **kwargs)
-    df = typiclust(x, n, _positions(dl, labelled), k, seed=seed)
+    df = typiclust(x, n, _positions(dl, labelled), k, seed=seed, device=model_device(self))
     return item_table(dl, df['index'], **df.drop(columns='index').to_dict('series'))

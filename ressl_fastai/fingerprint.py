@@ -31,6 +31,7 @@ import torch
 from fastai.data.core import Datasets, TfmdLists
 from fastai.data.transforms import Categorize, Normalize
 from fastai.torch_core import no_random
+from fastcore.basics import first
 from fastcore.foundation import L
 from fasttransform import Transform, compose_tfms
 from PIL import Image
@@ -56,12 +57,22 @@ def is_library(
     folder = os.path.dirname(root or file)
     return _holds_packages(os.path.dirname(folder) if os.path.basename(root or file)=='__init__.py' else folder)
 
+def _instructions(code):
+    consts = [_instructions(o) if isinstance(o, CodeType) else o for o in code.co_consts]
+    return code.co_code,code.co_names,consts
+
+def _all_names(code):
+    "Names that a function uses, and the functions within it"
+    res = set(code.co_names)
+    for o in code.co_consts:
+        if isinstance(o, CodeType): res |= _all_names(o)
+    return res
+
 def _code(f):
     "What a user's function does: its instructions, constants and globals; of a library's function the name"
     if is_library(f.__module__): return f.__module__,f.__qualname__
-    def of(c): return c.co_code,c.co_names,[of(o) if isinstance(o, CodeType) else o for o in c.co_consts]
-    def names(c): return {*c.co_names}.union(*(names(o) for o in c.co_consts if isinstance(o, CodeType)))
-    return of(f.__code__),{k:f.__globals__[k] for k in names(f.__code__) if k in f.__globals__}
+    used = {k:f.__globals__[k] for k in _all_names(f.__code__) if k in f.__globals__}
+    return _instructions(f.__code__),used
 
 def _closure(f):
     try: return [c.cell_contents for c in f.__closure__ or ()]
@@ -73,17 +84,23 @@ def _class(cls):
     return cls.__qualname__,cls.__bases__,inside
 
 # %% ../nbs/13_fingerprint.ipynb #3c000008
+def _functions(o):
+    "The functions that an attribute of a class calls, none if it is data"
+    o = inspect.unwrap(getattr(o, '__func__', o))
+    fs = [m.implementation for m in o.methods] if isinstance(o, plum.Function) else [o]
+    return [f for f in fs if isinstance(f, FunctionType)]
+
 @functools.lru_cache(None)
 def assigned_later(
     cls:type # Any class
 ) -> set: # Names of attributes
     "What methods other than `__init__` and `setups` assign"
-    def functions(o):
-        o = inspect.unwrap(getattr(o, '__func__', o))
-        return [m.implementation for m in o.methods] if isinstance(o, plum.Function) else [o]
-    attrs = [o for c in cls.__mro__ for nm,o in vars(c).items() if nm not in ('__init__','setups')]
-    fs = [f for o in attrs for f in functions(o) if isinstance(f, FunctionType)]
-    return {i.argval for f in fs for i in dis.get_instructions(f) if i.opname=='STORE_ATTR'}
+    res = set()
+    for c in cls.__mro__:
+        for nm,o in vars(c).items():
+            if nm in ('__init__','setups'): continue
+            for f in _functions(o): res |= {i.argval for i in dis.get_instructions(f) if i.opname=='STORE_ATTR'}
+    return res
 
 def _parameters(
     o # Any object with attributes
@@ -245,16 +262,16 @@ def _names(items, root):
         if not root or not (isinstance(o, PurePath) or isinstance(o, str) and os.path.isabs(o)): return o
         o = os.path.abspath(o)
         return o[len(root)+1:] if o.startswith(root+os.sep) else os.path.relpath(o, root)
-    if isinstance(items, pd.DataFrame):
-        cols = [items.iloc[:,i] for i in range(items.shape[1])]
-        return list(zip(*(c.map(rel) if c.dtype==object else c for c in cols)))
-    return [rel(o) for o in items]
+    if not isinstance(items, pd.DataFrame): return [rel(o) for o in items]
+    cols = [items.iloc[:,i] for i in range(items.shape[1])]
+    return list(zip(*[c.map(rel) if c.dtype==object else c for c in cols]))
 
 def _labels(tl):
     at,x = file_at(tl)
     if at is not None and isinstance(x, (Image.Image,np.ndarray,Tensor)):  # masks
         return [_key([_stat(f)[0],_ends(f)]) for f in _through(tl, at)]
-    return list(map(_key, _through(tl, len([f for f in tl.tfms.fs if not isinstance(f, Categorize)]))))
+    n = sum(not isinstance(f, Categorize) for f in tl.tfms.fs)
+    return list(map(_key, _through(tl, n)))
 
 def _files(tls):
     "The file of each item, None if they have none"
@@ -262,28 +279,41 @@ def _files(tls):
     at,_ = file_at(tls[0])
     return None if at is None else list(map(str, _through(tls[0], at)))
 
+def _common_folder(files):
+    "The folder that all files of all loaders are in, None without files"
+    folders = {os.path.dirname(os.path.abspath(f)) for fs in files for f in fs or ()}
+    return os.path.commonpath(folders) if folders else None
+
+def _column(values): return np.array(list(values), np.int64)
+
+def _who(dl, tls, files, root):
+    "Item, size, time and label of each item of a loader"
+    names = _names(tls[0].items if tls else range(dl.n or 0), root)
+    df = pd.DataFrame({'item':_column(map(_key, names))})
+    df[['size','time']] = _column(map(_stat, files)) if files else np.zeros((len(df),2), np.int64)
+    if len(tls)>1 and len(df): df['label'] = _column(map(_key, zip(*map(_labels, tls[1:]))))
+    else: df['label'] = np.zeros(len(df), np.int64)
+    return df
+
+def _bytes(df, tls, files, chosen):
+    "Of the chosen items the ends of their file; of images opened elsewhere, 64 at most, the pixels; of the others 0"
+    few = set(_sample(len(df), 64)) if tls else ()
+    def of(i):
+        if files: return _ends(files[i])
+        return _key(np.asarray(tls[0][i])) if i in few else 0
+    return _column(of(i) if o in chosen else 0 for i,o in enumerate(df['item']))
+
 def item_fingerprints(
     dls # fastai `DataLoaders`
 ) -> list: # Of each loader a table of whole numbers: item, size, time, label, bytes (0: not in the sample)
     "Who the items are and what their files are, without decoding them"
     with no_random(reproducible=False):
-        loaders = [(dl,lists(dl)) for dl in dls.loaders]
-        files = [_files(tls) for _,tls in loaders]
-        every = {os.path.dirname(os.path.abspath(f)) for fs in files for f in fs or ()}
-        root = os.path.commonpath(every) if every else None
-        res = []
-        for (dl,tls),fs in zip(loaders, files):
-            names = _names(tls[0].items if tls else range(dl.n or 0), root)
-            df = pd.DataFrame({'item':np.array(list(map(_key, names)), np.int64)})
-            df[['size','time']] = np.array([_stat(f) for f in fs] if fs else np.zeros((len(df),2)), np.int64)
-            labels = list(map(_key, zip(*map(_labels, tls[1:])))) if len(tls)>1 and len(df) else np.zeros(len(df))
-            df['label'] = np.array(labels, np.int64)
-            res.append(df)
+        tls = list(map(lists, dls.loaders))
+        files = list(map(_files, tls))
+        root = _common_folder(files)
+        res = [_who(*o, root) for o in zip(dls.loaders, tls, files)]
         chosen = set(np.sort(np.concatenate([df['item'] for df in res]))[:1000])
-        for df,(_,tls),fs in zip(res, loaders, files):
-            def bytes_of(i): return _ends(fs[i]) if fs else _key(np.asarray(tls[0][i])) if tls and i in some else 0
-            some = set(_sample(len(df), 64))
-            df['bytes'] = np.array([bytes_of(i) if o in chosen else 0 for i,o in enumerate(df['item'])], np.int64)
+        for df,*o in zip(res, tls, files): df['bytes'] = _bytes(df, *o, chosen)
     return res
 
 # %% ../nbs/13_fingerprint.ipynb #3c000019
@@ -302,9 +332,31 @@ def _describe(
     return f"{name}({', '.join(f'{k}={v}' for k,v in shown.items())}) {digest(f, 3)}"
 
 def _described(dls, get):
-    "Of the transforms that `get` finds in each loader; once if all have the same"
-    texts = [' '.join(_describe(f) for f in get(dl) if f.name!='noop') or 'none' for dl in dls.loaders]
+    "The transforms that `get` finds in each loader, but for those with a part of their own; once if all have the same"
+    texts = []
+    for dl in dls.loaders:
+        fs = [f for f in get(dl) if f.name!='noop' and not isinstance(f, (Normalize,Categorize))]
+        texts.append(' '.join(map(_describe, fs)) or 'none')
     return texts[0] if len(set(texts))==1 else '; '.join(texts)
+
+def _of_lists(tls): return [f for tl in tls for f in tl.tfms.fs]
+
+def _of_loader(dl, *events):
+    "What a loader does at these events: 'after_item', 'before_batch', 'after_batch'"
+    return [f for o in events for f in getattr(getattr(dl, o, None), 'fs', ())]
+
+def _kind(dls):
+    "What the images are when they are opened, '' if there are none"
+    for tls in map(lists, dls.loaders):
+        if tls and len(tls[0]):
+            with no_random(reproducible=False): return type(tls[0][0]).__name__
+    return ''
+
+def _norm_stats(dls):
+    norm = first(f for dl in dls.loaders for f in _of_loader(dl, 'after_batch') if isinstance(f, Normalize))
+    if norm is None: return 'none'
+    mean,std = [torch.as_tensor(o).flatten().tolist() for o in (norm.mean,norm.std)]
+    return ' '.join(f'{x:.6g}' for x in mean+std)
 
 image_parts = 'images','items','files','times','kind','type transforms','item transforms'
 
@@ -314,18 +366,17 @@ def data_fingerprint(
 ) -> dict: # Text by the name of a part; those in `image_parts` say what the decoded images are
     "What the data of a training are, by parts: equal if and only if the parts are"
     items = item_fingerprints(dls) if items is None else items
-    def columns(*ks): return digest([df[list(ks)].to_numpy() for df in items])
-    def fs(dl, nm): return getattr(getattr(dl, nm, None), 'fs', [])
-    def named(fs): return [f for f in fs if not isinstance(f, (Normalize,Categorize))]  # which have parts of their own
-    def tfms(*nms): return _described(dls, lambda dl: named(f for nm in nms for f in fs(dl, nm)))
-    def type_tfms(part): return _described(dls, lambda dl: named(f for tl in lists(dl)[part] for f in tl.tfms.fs))
-    first = [tls[0] for tls in map(lists, dls.loaders) if tls and len(tls[0])][:1]
-    with no_random(reproducible=False): kind = ''.join(type(tl[0]).__name__ for tl in first)
-    norms = [f for dl in dls.loaders for f in fs(dl, 'after_batch') if isinstance(f, Normalize)]
-    stats = [f'{x:.6g}' for f in norms[:1] for o in (f.mean,f.std) for x in torch.as_tensor(o).flatten().tolist()]
-    return {'images':' and '.join(str(len(df)) for df in items), 'items':columns('item'),
-            'files':columns('size', 'bytes'), 'times':columns('time'), 'labels':columns('label'), 'kind':kind,
-            'classes':digest(list(getattr(dls, 'vocab', None) or [])),
-            'type transforms':type_tfms(slice(0, 1)), 'label transforms':type_tfms(slice(1, None)),
-            'item transforms':tfms('after_item'), 'batch transforms':tfms('before_batch', 'after_batch'),
-            'normalize':' '.join(stats) or 'none'}
+    def columns(*names): return digest([df[list(names)].to_numpy() for df in items])
+    return {
+        'images':' and '.join(str(len(df)) for df in items),
+        'items':columns('item'),
+        'files':columns('size', 'bytes'),
+        'times':columns('time'),
+        'labels':columns('label'),
+        'kind':_kind(dls),
+        'classes':digest(list(getattr(dls, 'vocab', None) or [])),
+        'type transforms':_described(dls, lambda dl: _of_lists(lists(dl)[:1])),
+        'label transforms':_described(dls, lambda dl: _of_lists(lists(dl)[1:])),
+        'item transforms':_described(dls, lambda dl: _of_loader(dl, 'after_item')),
+        'batch transforms':_described(dls, lambda dl: _of_loader(dl, 'before_batch', 'after_batch')),
+        'normalize':_norm_stats(dls)}

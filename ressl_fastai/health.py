@@ -283,7 +283,8 @@ def _look(self:Guard, zt, zs):
     newest = queue[(get_model(self.learn.model).queue.ptr - 1 - torch.arange(min(K, 8), device=queue.device))%K]
     std,rank = max(map(feature_std, (zt, zs))).item(),max(map(effective_rank, (zt, zs))).item()
     used = effective_neighbors(zt, queue, temp).mean().item()/K
-    plain = not (ressl.warmup and ressl.warmup(ressl.progress, self.learn.n_epoch))  # InfoNCE needs no relations
+    # InfoNCE needs no relations
+    plain = not ressl.warmup or ressl.warmup(ressl.progress, self.learn.n_epoch)<0.5
     signs = dict(collapse=rank<1.1 or (rank<min(3, 1+min(zt.shape)/16) and std<0.2),
                  equal=feature_std(queue)<1e-3,
                  uniform=plain and used>0.998,

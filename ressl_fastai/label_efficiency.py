@@ -28,6 +28,7 @@ from fastai.callback.schedule import fit_one_cycle  # puts it on Learner
 from fastai.data.core import DataLoaders, Datasets
 from fastai.learner import Learner
 from fastai.torch_core import get_model, no_random
+from fastai.vision.augment import RandTransform, Resize
 from fastai.vision.learner import vision_learner
 from fastcore.basics import listify, noop, patch
 from pandas import DataFrame
@@ -35,6 +36,7 @@ from scipy.stats import t as student_t
 from sklearn.metrics import recall_score
 from torch import nn, Tensor
 
+from .data import cached_dls
 from .evaluate import check_classes, embed, fit_logistic, pixel_features
 from .loaders import clean_dl, first_images, subset
 from .models import create_encoder, get_arch
@@ -124,14 +126,21 @@ def _fresh(learn, arch, seed):
 # %% ../nbs/34_label_efficiency.ipynb #11ae0022
 label_rows = ('frozen features','fine-tuned','from scratch','random encoder','raw pixels')
 
-def _predictor(row, learn, dls, y, seed, arch, teacher, n_steps, lr):
+def _decoded_once(dls):
+    "`dls` with all images in memory, as validation sees them, unless they change each time or do not fit"
+    if not isinstance(dls.train.dataset, Datasets) or getattr(dls.train, 'images', None) is not None: return dls
+    random = [f for f in dls.train.after_item.fs if isinstance(f, RandTransform) and not isinstance(f, Resize)]
+    try: return dls if random else cached_dls(dls, num_workers=dls.train.fake_l.num_workers)
+    except ValueError: return dls  # memory, sizes, kinds of images: `cached_dls` says what
+
+def _predictor(row, learn, dls, pixels, y, seed, arch, teacher, n_steps, lr):
     "How `row` predicts the validation set from labelled images"
     def linear(learn, teacher=False):
         return _linear(embed(learn, dls.train, teacher)[0], y, embed(learn, dls.valid, teacher)[0])
     enc = get_model(learn.model).encoder
     if row=='raw pixels':
-        x = pixel_features(dls.train)[0]
-        return _linear(x, y, pixel_features(dls.valid)[0], scale_x=x)
+        x,valid_x = pixels
+        return _linear(x, y, valid_x, scale_x=x)
     if row=='frozen features': return linear(learn, teacher)
     if row=='fine-tuned': return _trained(partial(learn.to_vision_learner, teacher=teacher), dls, n_steps, lr)
     if row=='ImageNet':
@@ -157,7 +166,8 @@ def label_efficiency(self:Learner,
     "Test accuracy by number of labelled images, with and without pretraining"
     if unknown := set(rows)-{*label_rows,'ImageNet'}:
         raise ValueError(f"rows must be of {', '.join(label_rows)} and ImageNet, got {', '.join(unknown)}")
-    y,valid_y = (pixel_features(dl)[1] for dl in (dls.train, dls.valid))
+    dls = _decoded_once(dls)
+    (x,y),(valid_x,valid_y) = map(pixel_features, dls)
     self.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
     fresh_weights = 'random encoder','from scratch'
     if {*fresh_weights} & {*rows}: _fresh(self, arch, 0)  # says what is wrong with `arch` before training
@@ -169,7 +179,7 @@ def label_efficiency(self:Learner,
         predict = None
         for (seed,amount),idxs in draws.items():
             if predict is None or row in fresh_weights:
-                predict = _predictor(row, self, dls, y, seed, arch, teacher, n_steps, lr)
+                predict = _predictor(row, self, dls, (x,valid_x), y, seed, arch, teacher, n_steps, lr)
             pred = predict(idxs, seed)
             balanced = recall_score(valid_y, pred, average='macro', zero_division=0)
             res.append(dict(row=row, labels=amount, n_labels=len(idxs), seed=seed,

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision  # to_fp16()
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
@@ -28,7 +29,7 @@ from fastcore.meta import delegates
 
 from . import views
 from .batch_norm import set_batch_norm
-from .callback import InfoNCEWarmup, ReSSL, check_views, resized_views
+from .callback import InfoNCEWarmup, ReSSL, check_views, default_warmup, resized_views
 from .distributed import ranks_of, training_together
 from .evaluate import KNNAccuracy, embedding_loss
 from .feature_queue import default_queue_size
@@ -223,7 +224,7 @@ def ressl_learner(
     teacher_momentum:float=0.99, # Share of the teacher that stays at each step, in [0, 1], or a schedule
     student_temp:float=0.1, # Temperature of the student's relation, > 0
     teacher_temp:float=0.04, # Temperature of the teacher's relation, > 0, or a schedule
-    warmup:InfoNCEWarmup=None, # InfoNCE loss at first (2203.08717)
+    warmup:InfoNCEWarmup='auto', # InfoNCE loss at first (2203.08717); 'auto': `default_warmup`; None: relations alone
     queue_size:int=None, # Embeddings in the queue, at most the training images; default: `default_queue_size`
     queue_dtype:torch.dtype=torch.float32, # What the queue stores; `torch.bfloat16` halves its memory
     n_hidden:int=2048, # Hidden width of the projector
@@ -238,7 +239,7 @@ def ressl_learner(
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
     opt_func=FusedAdam, # Optimizer function; the default is fastai's `Adam`, on a GPU in few launches
-    precision:str='auto', # What training computes in: 'float32', 'bfloat16', or 'auto'; see `choose_precision`
+    precision:str='auto', # What training computes in: 'float32', 'bfloat16', 'float16', 'auto'; see `choose_precision`
     channels_last:bool|str='auto', # Layout of maps and weights; 'auto': where it pays
     splitter=ressl_splitter, # Groups of parameters, for `freeze` and `fine_tune`
     cbs=None, # Callbacks beside `ReSSL`
@@ -252,6 +253,9 @@ def ressl_learner(
     _check_data(dls, x, queue_size)
     weak_tfms = ifnone(weak_tfms, views.weak_tfms(size))
     strong_tfms = ifnone(strong_tfms, views.strong_tfms(size))
+    if isinstance(warmup, str):
+        if warmup!='auto': raise ValueError(f"warmup must be 'auto', an InfoNCEWarmup or None, got {warmup!r}")
+        warmup = default_warmup
     ressl = ReSSL(weak_tfms, strong_tfms, teacher_momentum, student_temp, teacher_temp, warmup,
                   shuffle=batch_norm=='split')
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers,
@@ -264,6 +268,7 @@ def ressl_learner(
     half = _precision(precision, channels_last, dls, model, size, [weak_tfms, *listify(strong_tfms)])
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics,
                          cbs=L(ressl, half)+L(Guard() if guard else None)+L(cbs), **kwargs)
+    if half.dtype==torch.float16: learn.to_fp16()  # the scaler of gradients
     if get_normalize(dls) is None: add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     look_at_files(dls)
     return learn

@@ -177,7 +177,8 @@ def subset(
     if isinstance(ds, Datasets): ds = Datasets(tls=[part(tl) for tl in ds.tls], n_inp=ds.n_inp)
     elif isinstance(ds, TfmdLists): ds = part(ds)
     else: ds = Subset(ds, idxs)
-    return dl.new(dataset=ds, **kwargs)
+    in_memory = dl.in_memory(idxs) if hasattr(dl, 'in_memory') else {}
+    return dl.new(dataset=ds, **in_memory, **kwargs)
 
 # %% ../nbs/12_loaders.ipynb #3b000017
 def as_item(

@@ -9,6 +9,10 @@ cywinski/ressl_audio). Of the papers only the abstracts could be read, so what t
 known by name alone: such values are called *ours*. None is recalled from memory. [Paper to
 code](explanations/paper_to_code.ipynb) lists where this package differs.
 
+`size` is that of the views. The papers cut them from whole files, so `dls` should give larger images:
+`recipe(name).image_size` says how large at least for no view to be an enlargement, 144 for STL-10 (whose files have 96
+pixels) and 501 for ImageNet. `ressl_pretrain --recipe` loads them so, as far as the files are as large.
+
 What a recipe says is what runs: data that do not fit (batch size, normalisation, fewer images than the queue) are
 refused, with the override that would make them fit.
 
@@ -43,7 +47,7 @@ from .loaders import add_normalize, first_images, get_normalize
 from .feature_queue import default_queue_size
 from .learner import ressl_learner
 from .models import get_arch
-from .views import multi_crop_tfms, strong_tfms, weak_tfms
+from .views import full_size, multi_crop_tfms, strong_tfms, weak_tfms
 
 # %% ../nbs/29_recipes.ipynb #1b6d247e
 _values_of = {
@@ -225,6 +229,12 @@ def fit_warmup_cos(self:Learner,
     self.fit(n_epoch, cbs=cbs, reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 # %% ../nbs/29_recipes.ipynb #0a890569
+@patch(as_prop=True)
+def image_size(self:Recipe) -> int: # Side in pixels
+    "How large images should be for no view to be an enlargement; views are cut from them, as from the papers' files"
+    kwargs = self.learner_kwargs()
+    return full_size(kwargs['weak_tfms'], kwargs['strong_tfms'])
+
 @patch
 def learner_kwargs(self:Recipe) -> dict: # Beside `dls` and `arch`
     "What `ressl_learner` is called with"

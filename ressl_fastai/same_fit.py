@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .callback import ReSSL
 from .checkpoint_file import is_scalar
 from .distributed import ranks_of
-from .fingerprint import data_fingerprint, digest, is_library, item_fingerprints
+from .fingerprint import data_fingerprint, digest, is_library, item_fingerprints, lists
 from .loaders import get_normalize, normalize_stats
 from .models import ReSSLModel
 from .precision import DevicePrecision
@@ -176,24 +176,29 @@ def other_data(
     return res
 
 # %% ../nbs/25_same_fit.ipynb #c7a00052
+def _pooled(items):
+    "The items of all loaders, one loader after the other"
+    return pd.concat(items) if isinstance(items[0], pd.DataFrame) else [o for part in items for o in part]
+
+def _taken(items, idxs): return items.iloc[idxs] if isinstance(items, pd.DataFrame) else [items[i] for i in idxs]
+
 def _divided(dls, parts):
     "Give each loader the items with the numbers in its part, counted over all loaders"
-    def plain(dl): return type(dl).__name__ in ('TfmdDL','TensorDL') and dl.n==len(dl.dataset)
+    def plain(dl): return type(dl).__name__ in ('TfmdDL','TensorDL') and dl.n==len(dl.dataset) and lists(dl)
     if not all(map(plain, dls.loaders)): raise ValueError(
         "the images are divided otherwise than in the checkpoint, and loaders that weigh or choose items cannot be "
         "divided again: use a splitter with a seed, or another folder for another fit")
-    def pooled(lists): return pd.concat(lists) if isinstance(lists[0], pd.DataFrame) else [o for l in lists for o in l]
-    def taken(pool, part):
-        part = part.tolist()
-        return pool.iloc[part] if isinstance(pool, pd.DataFrame) else [pool[i] for i in part]
-    def tls(dl): return dl.dataset.tls if isinstance(dl.dataset, Datasets) else [dl.dataset]
-    items = [pooled([o.items for o in same]) for same in zip(*map(tls, dls.loaders))]
+    pools = [_pooled([tl.items for tl in same]) for same in zip(*map(lists, dls.loaders))]
     in_memory = [(dl.rows,*dl.targets) for dl in dls.loaders if getattr(dl, 'images', None) is not None]
+    in_memory = [torch.cat(same) for same in zip(*in_memory)]
     for dl,part in zip(dls.loaders, parts):
-        new = [tl._new(taken(o, part), split_idx=tl.split_idx) for tl,o in zip(tls(dl), items)]
-        dl.dataset = Datasets(tls=new, n_inp=dl.dataset.n_inp) if isinstance(dl.dataset, Datasets) else new[0]
+        ds,idxs = dl.dataset,part.tolist()
+        new = [tl._new(_taken(pool, idxs), split_idx=tl.split_idx) for tl,pool in zip(lists(dl), pools)]
+        dl.dataset = Datasets(tls=new, n_inp=ds.n_inp) if isinstance(ds, Datasets) else new[0]
         dl.n = len(part)
-        if in_memory: dl.rows,*dl.targets = [torch.cat(t)[part] for t in zip(*in_memory)]
+        if in_memory: dl.rows,*dl.targets = [t[part] for t in in_memory]
+
+def _as(old, new): return new.to(old.device).as_subclass(type(old))
 
 def continue_data(
     dls:DataLoaders, # Changed in place
@@ -203,8 +208,9 @@ def continue_data(
     "Give `dls` the split, the order and the measured normalisation of the checkpoint"
     norm = get_normalize(dls)
     if norm and old['normalize'] and _measured(norm):
-        for f in (f for dl in dls.loaders for f in dl.after_batch.fs if isinstance(f, type(norm))):
-            f.mean,f.std = (s.to(o.device).as_subclass(type(o)) for s,o in zip(old['normalize'], (f.mean,f.std)))
+        mean,std = old['normalize']
+        for f in [f for dl in dls.loaders for f in dl.after_batch.fs if isinstance(f, type(norm))]:
+            f.mean,f.std = _as(f.mean, mean),_as(f.std, std)
     sets = [(a['item'],b['item']) for a,b in zip(old['items'], new['items'])]
     if len(old['items'])==len(new['items']) and all(torch.equal(a, b) for a,b in sets): return
     at = _matched(_together(old)['item'], _together(new)['item'])

@@ -59,12 +59,13 @@ def memory_of(
     of_model = {t.data_ptr() for t in (*net.parameters(),*net.buffers())} if net is not None else ()
     def is_memory(k, v):
         if k in given or k in of_a_batch or isinstance(v, _generators): return False
-        if of_model and any(t.data_ptr() in of_model for t in _tensors(v)): return False
         return isinstance(v, type) or not callable(v)
     res,lost = {},{}
     for k,v in vars(o).items():
         if not is_memory(k, v): continue
-        try: kept = encode(v)
+        try:
+            if of_model and any(t.data_ptr() in of_model for t in _tensors(v)): continue
+            kept = encode(v)
         except (TypeError,ValueError,RecursionError): lost[k] = type(v).__name__
         else:
             if _bytes(kept)>most: lost[k] = 'large'
@@ -73,7 +74,9 @@ def memory_of(
 
 def _tensors(o):
     if isinstance(o, Tensor): yield o
-    for v in o.values() if isinstance(o, dict) else o if isinstance(o, (list,tuple)) else (): yield from _tensors(v)
+    elif isinstance(o, dict): yield from _tensors(list(o.values()))
+    elif isinstance(o, (list,tuple)):
+        for v in o: yield from _tensors(v)
 
 def _bytes(o): return sum(t.nbytes for t in _tensors(o))
 

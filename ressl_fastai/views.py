@@ -16,10 +16,11 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/views.html.md"""
 
 # %% auto #0
 __all__ = ['crop_boxes', 'resize_taps', 'weigh_rows', 'blur_taps', 'color_matrices', 'draw_jitter', 'RandomView', 'weak_tfms',
-           'strong_tfms', 'multi_crop_tfms', 'show_views']
+           'strong_tfms', 'multi_crop_tfms', 'full_size', 'show_views']
 
 # %% ../nbs/05_views.ipynb #caaa5b04
 import math, warnings
+from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Integral
 
@@ -200,6 +201,15 @@ def _color(x, jitter, out):
     m = color_matrices(x.mean((2,3)), jitter)
     torch.clamp(torch.baddbmm(m[:,:,c:], m[:,:,:c], x.flatten(2)).view(x.shape).mT, 0, 1, out=out)
 
+@contextmanager
+def _one_thread():
+    "For small work: where loaders' processes keep all cores busy, threads that wait for each other take much longer"
+    n = torch.get_num_threads()
+    if n>1: torch.set_num_threads(1)
+    try: yield
+    finally:
+        if n>1: torch.set_num_threads(n)
+
 class RandomView:
     "Batch transform: crop, flip, colour and blur, every image with its own random numbers"
     def __init__(self,
@@ -248,22 +258,26 @@ class RandomView:
         return v
 
     def _fill(self, v, x):
-        "Random numbers are read before they are sent: a GPU works on a view long after this has returned"
-        boxes,flipped,sigma = self._draw(len(x), *x.shape[2:])
-        jitter = sigma[:0]
-        if self.jitter_p or self.gray_p:
-            jitter = draw_jitter(len(x), *self.jitter, self.jitter_p, self.gray_p, self.generator)
-        n,ks = self._at_a_time(x),self._most_pixels(boxes)
-        blurred,sigmas,reaches = self._blurred(sigma.split(n))
-        boxes,jitter,flipped,*rest = send([boxes.int().T, jitter, flipped, *blurred, *sigmas], x.device)
-        blurred,sigmas = rest[:len(blurred)],rest[len(blurred):]
-        rows,cols = self._taps(boxes, flipped, x, ks)
+        n = self._at_a_time(x)
+        with _one_thread(): rows,cols,jitter,blurs = self._plan(x, n)
         for i,first in enumerate(range(0, len(x), n)):
             part = slice(first, first+n)
             y = _resample(x[part], [o[part] for o in rows], [o[part] for o in cols])
-            if blurred: _blur(y, blurred[i], sigmas[i], reaches[i])
+            if blurs: _blur(y, *blurs[i])
             if len(jitter): _color(y, jitter[part], v[part])
             else: v[part] = y
+
+    def _plan(self, x, n):
+        """Rows and columns with weights, jitter, and of each `n` images which are blurred, how much and how far.
+        Random numbers are read before they are sent: a GPU works on a view long after this has returned"""
+        boxes,flipped,sigma = self._draw(len(x), *x.shape[2:])
+        jitter,ks = sigma[:0],self._most_pixels(boxes)
+        if self.jitter_p or self.gray_p:
+            jitter = draw_jitter(len(x), *self.jitter, self.jitter_p, self.gray_p, self.generator)
+        blurred,sigmas,reaches = self._blurred(sigma.split(n))
+        boxes,jitter,flipped,*rest = send([boxes.int().T, jitter, flipped, *blurred, *sigmas], x.device)
+        blurs = list(zip(rest[:len(blurred)], rest[len(blurred):], reaches))
+        return *self._taps(boxes, flipped, x, ks),jitter,blurs
 
     def _most_pixels(self, boxes):
         "Of an image that make a pixel of the view: in rows and in columns"
@@ -353,6 +367,13 @@ def multi_crop_tfms(
             f"{len(max_scales)}")
     if not all(0<o<=1 for o in sides): raise ValueError(f"sides must be shares of size in (0, 1], got {sides}")
     return [strong_tfms(max(1, round(size*s)), (lo,hi), **kwargs) for s,lo,hi in zip(sides, min_scales, max_scales)]
+
+# %% ../nbs/05_views.ipynb #85911242
+def full_size(
+    *tfms # `RandomView`s, or lists of them
+) -> int: # Side of a square in pixels
+    "How large images must be, at least, for the smallest crop to have as many pixels as its view"
+    return max(math.ceil(max(o.size)/o.scale[0]**0.5) for fs in tfms for o in listify(fs))
 
 # %% ../nbs/05_views.ipynb #7f385780
 def show_views(

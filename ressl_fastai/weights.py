@@ -125,29 +125,34 @@ def _torchvisions(state, info, stem):
     return net.eval()
 
 # %% ../nbs/31_weights.ipynb #f997b85d
+def _read_net(file, who):
+    "Name of the layout, the tensors of the student's or the teacher's network, and those of the other parts"
+    nm,parts = _find_layout(_load(file), file)
+    if lost := sorted(parts.get(None, {})): raise ValueError(
+        f"{file} holds {len(lost)} tensors of no known part: {', '.join(lost[:5])}")
+    part = layouts[nm][who]
+    if part not in parts: raise ValueError(f"{file} holds no {who}: no tensor is named {part}*")
+    net = parts.pop(part)
+    if fc := [k for k in net if k.startswith('fc.')]:  # comes after the features
+        parts[part+'fc.'] = {k:net.pop(k) for k in fc}
+    return nm,net,parts
+
+def _nearest_arch(net): return _archs[min(_archs, key=lambda n: abs(n-len(net)))]
+
 def read_ressl_weights(
     file:str|Path, # Checkpoint in one of the `layouts`: of the official code, solo-learn, lightly, stable-pretraining
     teacher:bool=False # The teacher's network instead of the student's
 ) -> tuple: # Tensors by torchvision's names; dict of `layout`, `arch`, `n_in`, `stem` (None: not told) and `ignored`
     "The encoder's tensors in a checkpoint, and what else is in it"
     file = Path(file)
-    nm,parts = _find_layout(_load(file), file)
-    who = 'teacher' if teacher else 'student'
-    part = layouts[nm][who]
-    if lost := sorted(parts.get(None, {})): raise ValueError(
-        f"{file} holds {len(lost)} tensors of no known part: {', '.join(lost[:5])}")
-    if part not in parts: raise ValueError(f"{file} holds no {who}: no tensor is named {part}*")
-    net = parts.pop(part)
-    if fc := [k for k in net if k.startswith('fc.')]:  # comes after the features
-        parts[part+'fc.'] = {k:net.pop(k) for k in fc}
-    net,stem = _names_back(net, layouts[nm]['small'], file)
+    layout,net,others = _read_net(file, 'teacher' if teacher else 'student')
+    net,stem = _names_back(net, layouts[layout]['small'], file)
     net = {k:v.float() if v.is_floating_point() else v for k,v in net.items()}
-    arch = _archs[min(_archs, key=lambda n: abs(n-len(net)))]
-    info = dict(layout=nm, arch=arch, n_in=net['conv1.weight'].shape[1], stem=stem,
-                ignored={o:len(v) for o,v in parts.items()})
+    info = dict(layout=layout, arch=_nearest_arch(net), n_in=net['conv1.weight'].shape[1], stem=stem,
+                ignored={part:len(tensors) for part,tensors in others.items()})
     try: _torchvisions(net, info, stem or 'small')
     except RuntimeError as e: raise ValueError(
-        f"{file} holds none of torchvision's ResNets, {arch} is nearest: {shorten(str(e), 400)}") from None
+        f"{file} holds none of torchvision's ResNets, {info['arch']} is nearest: {shorten(str(e), 400)}") from None
     bad = [k for k,v in net.items() if not v.isfinite().all()]
     if bad: raise ValueError(f"{file} holds values that are not finite, in {bad[0]}")
     return net,info

@@ -464,3 +464,31 @@ def test_shuffled_draws_from_torchs_generator():
     want[perm] = bn(x[perm]).detach()
     assert torch.equal(b, want)
     assert not torch.allclose(b, bn(x))  # control: in another order the parts are others
+
+# layout
+
+@pytest.mark.parametrize('shape', [(8,3,5,4), (12,1,3,3), (8,6,1,1)])
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_channels_last_stays_so_and_changes_no_value(shape, n):
+    bn = split(randomized(nn.BatchNorm2d(shape[1]).double()), n)
+    x = torch.randn(shape, dtype=torch.double)
+    last = x.to(memory_format=torch.channels_last)
+    if x.is_contiguous() and last.is_contiguous(): assert 1 in (shape[1], *shape[2:])  # both layouts at once
+    other = deepcopy(bn)
+    (ys,),(gs,) = passes(bn, [x])
+    (yl,),(gl,) = passes(other, [last])
+    assert close(ys, yl) and close(gs, gl)
+    assert all(close(a, b) for a,b in zip(bn.buffers(), other.buffers()) if a.is_floating_point())
+    assert all(close(a.grad, b.grad) for a,b in zip(bn.parameters(), other.parameters()))
+    assert yl.is_contiguous(memory_format=torch.channels_last) and ys.is_contiguous()
+    swapped = [1, 0, *range(2, len(x))]
+    wrong = bn(last[swapped])[swapped]
+    assert n==1 or not close(wrong, yl)  # control: other parts
+
+def test_a_split_network_keeps_channels_last_to_the_end():
+    net = split(tv.resnet18(), 2).to(memory_format=torch.channels_last).train()
+    kept = []
+    def look(m, x, y): kept.append(y.is_contiguous(memory_format=torch.channels_last))
+    for m in norms(net): m.register_forward_hook(look)
+    net(torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last))
+    assert len(kept)==20 and all(kept)

@@ -101,5 +101,5 @@ def test_in_the_shell_a_mistake_is_that_line(tmp):
 def test_it_is_installed():
     ini = ConfigParser(delimiters=['='])
     ini.read(Path(__file__).parent.parent/'settings.ini')
-    for nm in ('ressl_pretrain','ressl_evaluate','ressl_embed'):
+    for nm in ('ressl_pretrain','ressl_evaluate','ressl_embed','ressl_prepare'):
         assert f'{nm}=ressl_fastai.cli:{nm}' in ini['DEFAULT']['console_scripts'].split()

@@ -47,6 +47,21 @@ def test_planted_outlier_ranks_first(learn):
     assert np.allclose(odd.sort_values('index').score, reference, atol=1e-5) and odd.score.is_monotonic_decreasing
     assert reference[np.arange(140)!=77].max()<reference[77]/2  # control: nothing else stands out
 
+def test_many_images_are_compared_with_some_and_it_is_said(learn, monkeypatch, capsys):
+    x = torch.randn(140, 16)
+    want = learn.find_outliers(k=6, features=(x,None), bank=50)
+    assert capsys.readouterr().out==''
+    monkeypatch.setattr('ressl_fastai.curate.many', 50)
+    monkeypatch.setitem(type(learn).find_outliers.__globals__, 'many', 50)
+    assert learn.find_outliers(k=6, features=(x,None), bank=50).equals(want)
+    assert capsys.readouterr().out=='each of the 140 images is compared with 50, always the same: bank=None takes all\n'
+    everything = learn.find_outliers(k=6, features=(x,None), bank=None)
+    assert not everything.equals(want)  # control
+    pairs = learn.find_duplicates(0.5, pairs=True, features=(x,None))
+    assert 'comparing 140 images with each other: 9,730 pairs on cpu' in capsys.readouterr().out
+    monkeypatch.undo()
+    assert learn.find_duplicates(0.5, pairs=True, features=(x,None)).equals(pairs) and len(pairs)>10
+
 def reference_typiclust(x, n, labelled, k, seed):
     "Cluster by cluster, as the paper describes it"
     x = x/np.linalg.norm(x, axis=1, keepdims=True)

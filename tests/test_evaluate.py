@@ -71,6 +71,20 @@ def test_bank_is_bounded_and_never_changes(monkeypatch):
     assert got[0]==got[1]==pytest.approx(reference_knn(learn, idxs), abs=0.003)
     assert abs(got[0]-reference_knn(learn, slice(None)))>0.01              # control: the whole training set
 
+def test_above_so_many_images_the_bank_is_bounded_and_it_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr('ressl_fastai.evaluate.many', 60)
+    learn,metric = few(400),KNNAccuracy()
+    assert metric.bank==50_000
+    def value(bank):
+        learn.metrics = KNNAccuracy(bank=bank)
+        return [learn.validate()[1] for _ in range(2)]
+    with learn.no_bar(): bounded,asked = value(60),value(50)
+    said = 'knn_accuracy compares with 60 of the 400 training images, always the same: KNNAccuracy(bank=None) takes all'
+    assert capsys.readouterr().out.count(said)==1 and bounded[0]==bounded[1]
+    with learn.no_bar(): exact = value(None)
+    assert exact[0]==pytest.approx(reference_knn(learn, slice(None)), abs=0.003)
+    assert bounded[0]!=exact[0] and 'compares' not in capsys.readouterr().out  # control
+
 class Weights(Callback):
     "The weights after each epoch"
     order = 100

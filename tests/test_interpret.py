@@ -11,7 +11,7 @@ from torch import nn
 
 from looks import NoBN, folder, make, trained
 from ressl_fastai.all import show_items
-from ressl_fastai.evaluate import embed
+from ressl_fastai.evaluate import at_once, embed, fixed_choice
 from ressl_fastai.interpret import nearest
 from ressl_fastai.loaders import clean_dl, subset
 from ressl_fastai.models import Encoder
@@ -31,6 +31,31 @@ def test_nearest_is_scikit_learns(chunk):
     sims,near = nearest(x, k=4, chunk=chunk)
     assert near.tolist()==idxs.tolist() and np.allclose(1-dist, sims)
     assert nearest(x, x, k=1)[1].flatten().tolist()==list(range(70))  # control: a bank that holds the image itself
+
+@pytest.mark.parametrize('chunk', [1, 1000, None])
+def test_nearest_of_some_images_leaves_out_the_image_itself(chunk):
+    x = torch.randn(70, 5, dtype=torch.float64)
+    some = fixed_choice(30, 70)
+    sims,near = nearest(x, k=4, chunk=chunk, most=30)
+    for i in range(70):
+        others = [j for j in some if j!=i]
+        cosines = torch.cosine_similarity(x[i:i+1], x[others])
+        best = cosines.topk(4)
+        assert near[i].tolist()==[others[j] for j in best.indices]
+        torch.testing.assert_close(sims[i], best.values)
+    assert some==fixed_choice(30, 70)==sorted(set(some))
+    assert nearest(x, k=4, most=70)[1].equal(nearest(x, k=4)[1])
+    assert not nearest(x, k=4)[1].equal(near)  # control
+    with pytest.raises(ValueError, match='at most the 29 other'): nearest(x, k=30, most=30)
+
+def test_pieces_are_as_large_as_memory_allows(monkeypatch):
+    def free(n): monkeypatch.setattr('ressl_fastai.evaluate.free_memory', lambda device='cpu': n)
+    free(2**40)
+    assert at_once(10_000)==2**24 and at_once(1_281_167)//1_281_167==256  # 13 rows with pieces of one size
+    free(2**30)
+    assert at_once(1_281_167)//1_281_167==13 and at_once(10**9)==10**9
+    free(None)
+    assert at_once(10_000)==2**24
 
 # relations
 
@@ -88,6 +113,29 @@ def everything(learn):
             list(map(str, learn.cbs)), learn.loss_func, learn.path, learn.opt is None)
 
 def same(a, b): return all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1:]==b[1:]
+
+def test_a_map_embeds_the_images_it_draws(learn, monkeypatch):
+    "Control: of features that are there it takes the same rows"
+    seen = []
+    def embedded(learn, dl, *args, **kwargs):
+        x,y = embed(learn, dl, *args, **kwargs)
+        seen.append(len(x))
+        return x,y
+    monkeypatch.setattr('ressl_fastai.evaluate.embed', embedded)
+    drawn = []
+    def project(x, method, seed):
+        drawn.append(x)
+        return x[:,:2].numpy()
+    monkeypatch.setattr('ressl_fastai.interpret._project', project)
+    learn = Learner(learn.dls, learn.model, loss_func=noop)  # of which nothing is kept
+    for _ in range(2): learn.plot_embeddings(n=20)
+    assert seen==[20]  # and the second time they are there
+    learn.plot_embeddings(n=20, features=learn.embed())
+    assert seen==[20,140]
+    torch.testing.assert_close(drawn[0], drawn[2], rtol=0, atol=1e-5)
+    learn.plot_embeddings(n=1000)
+    assert seen==[20,140] and len(drawn[3])==140
+    plt.close('all')
 
 @pytest.mark.parametrize('training', [True,False])
 def test_nothing_is_changed(learn, training):

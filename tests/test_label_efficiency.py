@@ -1,15 +1,18 @@
 "Label efficiency: fixed balanced draws, only these labels used, each row from where it should start, one schedule."
+from collections import Counter
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, scipy.stats, torch
-from fastai.vision.all import Learner, Normalize
+from fastai.vision.all import FlipItem, ImageDataLoaders, Learner, Normalize, Resize
 from fastai.vision.learner import model_meta
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torchvision.models import resnet18
 from helpers import fit, make, same, seed_all, state
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
+from ressl_fastai.images import open_image
 from ressl_fastai.label_efficiency import (draw_labels, label_rows, labelled_part, plot_labels,
                                            summarize_labels)
 from ressl_fastai.models import create_encoder, small_resnet
@@ -109,6 +112,28 @@ def test_frozen_and_pixels_are_logistic_regression_on_the_drawn_labels():
     want = [by_hand(*o, s, scale) for *o,scale in rows for s in (0,1)]
     np.testing.assert_allclose(df.accuracy, want, atol=0.006)  # two images: float32 and pixels that hardly change
     assert abs(df.accuracy-np.roll(want, 1)).max()>0.02  # control
+
+def test_each_file_is_opened_once_or_twice(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        (tmp_path/'abc'[i%3]).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 80, (12,12,3), np.uint8)+np.uint8(60*(i%3))).save(tmp_path/'abc'[i%3]/f'{i}.png')
+    def files(*tfms): return ImageDataLoaders.from_folder(tmp_path, valid_pct=0.5, seed=0, bs=8, num_workers=0,
+                                                          item_tfms=[*tfms, Resize(12)])
+    learn = make(files(), arch, queue_size=16)
+    opened = Counter()
+    def counted(file, *args): return opened.update([file]) or open_image(file, *args)
+    monkeypatch.setattr('ressl_fastai.images.open_image', counted)
+    how = dict(labels_per_class=(2,5), seeds=2, n_steps=4, arch=arch)
+    got = learn.label_efficiency(files(), **how)
+    assert sum(opened.values())<=2*60+20  # decoded once, and a few looked at
+    opened.clear()
+    again = learn.label_efficiency(files(FlipItem(1.)), **how)  # control: random transforms take effect each time
+    assert sum(opened.values())>5*60
+    monkeypatch.setattr('ressl_fastai.label_efficiency.cached_dls', lambda dls, **kwargs: dls)
+    want = learn.label_efficiency(files(), **how)
+    pd.testing.assert_frame_equal(got, want)
+    assert not again.equals(want)
 
 def test_random_encoder_is_the_untrained_network():
     learn = pretrained(2)

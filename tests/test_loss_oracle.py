@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ressl_fastai import losses
 from ressl_fastai.feature_queue import FeatureQueue
-from ressl_fastai.losses import info_nce_loss, relation, ressl_loss
+from ressl_fastai.losses import info_nce_loss, mixed_loss, relation, ressl_loss
 
 # float32 logits up to 25 carry an error of about 25 * 2**-24 = 1.5e-6, which exp and log pass on as a relative error
 tol = dict(rtol=1e-5, atol=1e-5)
@@ -45,6 +45,25 @@ def test_value_and_gradient(bs, size, dim):
     torch.testing.assert_close(zs.grad, grad, rtol=1e-4, atol=1e-5)
     for row,z in zip(relation(zt, queue, 0.04), zt.tolist()):
         torch.testing.assert_close(row, torch.tensor(softmax(z, queue.tolist(), 0.04)), **tol)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('weight', [0., 0.3, 1.])
+def test_both_in_one_pass_are_both(weight, reduction):
+    "Value and gradient in float64, of two crops of each image; controls: the weights swapped, the crops mispaired"
+    zt,queue = (F.normalize(torch.randn(n, 8).double(), dim=1) for n in (5,40))
+    zs = F.normalize(torch.randn(10, 8).double(), dim=1).requires_grad_()
+    temps = 0.2,0.05
+
+    def parts(weight, zt=zt):
+        relational,info_nce = ressl_loss(zs, zt, queue, *temps, reduction), info_nce_loss(zs, zt, queue, 0.2, reduction)
+        return (1-weight)*relational + weight*info_nce
+
+    def value_and_grad(loss): return loss.detach(),torch.autograd.grad(loss.sum(), zs)[0]
+
+    got = value_and_grad(mixed_loss(zs, zt, queue, weight, *temps, reduction))
+    for a,b in zip(got, value_and_grad(parts(weight))): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for wrong in (parts(1-weight), parts(weight, zt.roll(1, 0))):
+        assert not torch.allclose(got[1], value_and_grad(wrong)[1], rtol=1e-3)
 
 def wrong_losses(zs, zt, queue):
     "Implementations that a falling loss would not give away"

@@ -193,6 +193,37 @@ def test_auto_on_a_gpu_asks_for_pixels(monkeypatch):
     )
     assert choose_precision('auto', 'auto', 'cpu', pixels=few)[0]==torch.bfloat16
 
+def fake_gpu(monkeypatch, capability, bfloat16):
+    def supported(including_emulation=True): return bfloat16 or including_emulation
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', supported)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+
+def test_auto_takes_float16_where_a_gpu_has_no_bfloat16(monkeypatch):
+    "By what a device says of itself: V100 7.0, T4 7.5, P100 6.0, A100 8.0; none of them was at hand"
+    for capability in ((7,0),(7,5)):
+        fake_gpu(monkeypatch, capability, False)
+        assert not P.has_bfloat16('cuda') and P.needs_float16('cuda') and not P.needs_float16('cpu')
+        assert choose_precision('auto', 'auto', 'cuda', pixels=2**22)==(torch.float16,True)
+        assert choose_precision('auto', 'auto', 'cuda', pixels=2**10)==(torch.float16,True)
+        assert choose_precision('float32', 'auto', 'cuda')==(None,True)
+        assert choose_precision('auto', False, 'cuda')==(torch.float16,False)
+        assert 'has no bfloat16' in P.why_precision('auto', torch.float16, 'cuda')
+    fake_gpu(monkeypatch, (6,0), False)
+    assert choose_precision('auto', 'auto', 'cuda', pixels=2**22)==(None,False)
+    fake_gpu(monkeypatch, (8,0), True)  # control
+    assert choose_precision('auto', 'auto', 'cuda', pixels=2**22)==(torch.bfloat16,True)
+
+@pytest.mark.filterwarnings('ignore:float16 is slow')
+def test_chosen_float16_is_that_of_to_fp16_with_a_scaler():
+    def trained(make):
+        learn = make()
+        assert watched(learn)==torch.float16
+        return learn
+    chosen,called = trained(lambda: few(precision='float16')),trained(lambda: few(precision='float32').to_fp16())
+    assert isinstance(chosen.mixed_precision, MixedPrecision) and same(state(chosen), state(called))
+    assert not same(state(chosen), state(fit(few(precision='float32'))))  # control
+    assert watched(chosen.to_fp32())==torch.float32
+
 def test_impossible_arguments_are_refused():
     for kw, text in (
         (dict(precision='half'), "precision must be 'auto'"),

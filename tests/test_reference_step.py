@@ -26,6 +26,7 @@ def small(x): return x.double()[...,1:7,2:8].flip(-1)
 lr,size,n_steps,bs = 0.05,100,50,16
 cases = dict(
     single=dict(),
+    default=dict(warmup='auto'),
     crops=dict(strong_tfms=[strong, small, small]),
     extension=dict(
         strong_tfms=[strong, small],
@@ -47,6 +48,7 @@ def make_learner(**kwargs):
         dim=16,
         metrics=[],
         teacher_momentum=0.9,
+        warmup=None,
         precision='float32',
         opt_func=partial(SGD, mom=0.9),
         wd=0.0,
@@ -60,6 +62,8 @@ def extension(t):
     "Momentum, teacher temperature and weight of InfoNCE at progress t"
     w = 1. if t<0.2 else 1-0.9*(t-0.2)/0.2 if t<0.4 else 0.1
     return 1.-(1-0.9)*(1+cos(pi*t))/2,0.04+0.04*t,w
+
+def ramp(t): return 0.9,0.04,1-t
 
 def plain_loop(
     learn,
@@ -128,7 +132,10 @@ def plain_loop(
 
 
 loops = dict(
-    single={}, crops=dict(crops=(strong, small, small)), extension=dict(crops=(strong, small), schedule=extension)
+    single={},
+    default=dict(schedule=ramp, nce_temp=0.1),
+    crops=dict(crops=(strong, small, small)),
+    extension=dict(crops=(strong, small), schedule=extension),
 )
 
 
@@ -194,6 +201,8 @@ def test_fifty_steps_equal_the_plain_loop(trained, nm):
         ('single', dict(enqueue_first=True)),
         ('single', dict(teacher_in_eval=True)),
         ('single', dict(weak=strong, crops=(weak,))),
+        ('default', dict(schedule=None)),
+        ('default', dict(shift=1)),
         ('crops', dict(crops=(strong, small))),
         ('crops', dict(image_major=True)),
         ('crops', dict(weak=strong)),

@@ -1,17 +1,22 @@
 """Views of `size` from images of another: `ressl_learner(dls, arch, size=...)`, and what all that follows sees."""
+import json
 from functools import partial
 
-import pytest, torch
+import numpy as np, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import accuracy, load_learner, resnet18
+from fastai.vision.all import ImageDataLoaders, Resize, accuracy, load_learner, resnet18
+from fastcore.script import CliError
+from PIL import Image
 from torch import nn, Tensor
 
-from ressl_fastai.data import tensor_dls
+from ressl_fastai.cli import ressl_embed, ressl_pretrain
+from ressl_fastai.data import folder_dls, tensor_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.learner import ressl_learner
-from ressl_fastai.loaders import ResizeBatch, set_size
+from ressl_fastai.loaders import ResizeBatch, first_images, set_size
 from ressl_fastai.models import small_resnet
-from ressl_fastai.transfer import encoder_learner, load_encoder
+from ressl_fastai.recipes import recipe
+from ressl_fastai.transfer import encoder_learner, load_encoder, read_encoder
 from ressl_fastai.views import RandomView
 
 arch = partial(small_resnet, widen=0.125)
@@ -134,3 +139,69 @@ def test_a_size_that_is_none_is_refused_by_name(size):
     with pytest.raises(ValueError, match='size must be a whole number of pixels'): make(size=size)
     with pytest.raises(ValueError, match='size must be a whole number of pixels'):
         make().to_classifier(make_dls(), size=size)
+
+# from folders and on the command line
+
+def wide_pictures(path, n=24, size=(96,64)):
+    "Photographs-like files: noise with a red margin to the left and right"
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        im = np.repeat(np.repeat(rng.integers(0, 255, (size[1]//8, size[0]//8, 3), np.uint8), 8, 0), 8, 1)
+        im[:,:12] = im[:,-12:] = 255,0,0
+        (path/'ab'[i%2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(im).save(path/'ab'[i%2]/f'{i:02}.png')
+    return path
+
+def test_a_folder_gives_whole_pictures_as_large_as_most_files(tmp_path):
+    path = wide_pictures(tmp_path/'images')
+    Image.fromarray(np.zeros((9,9,3), np.uint8)).save(path/'a'/'small.png')
+    def side(size, **kwargs): return first_images(folder_dls(path, size, 4, num_workers=0, **kwargs))[0].shape[2:]
+    assert side(16)==(16,16) and side(16, max_size=36)==(36,36)
+    assert side(16, max_size=72)==(64,64)  # the shorter side of most
+    assert side(80, max_size=180)==(80,80)
+    x = first_images(folder_dls(path, 32, 4, num_workers=0))[0]
+    assert (x[0,0,:,0]>0.9).all() and (x[0,1,:,0]<0.1).all()  # the margin
+    cropped = ImageDataLoaders.from_folder(path, valid_pct=0.1, item_tfms=Resize(32), num_workers=0)
+    assert (first_images(cropped)[0][0,1,:,0]>0.1).any()  # control
+
+def pretrain(path, out, **kwargs):
+    small = dict(arch='small_resnet', size=16, epochs=1, bs=8, num_workers=0, no_report=True)
+    ressl_pretrain(str(path), out=str(out), **{**small, **kwargs})
+    return json.loads((out/'config.json').read_text()),read_encoder(out/'encoder.pth')
+
+def test_the_command_cuts_views_from_larger_images_and_says_so(tmp_path, capsys):
+    path = wide_pictures(tmp_path/'images')
+    config,encoder = pretrain(path, tmp_path/'run')
+    assert (config['size'],config['image_size'],encoder['view_size'],encoder['stem'])==(16, 36, (16,16), 'small')
+    said = capsys.readouterr().out
+    assert 'views of 16 pixels are cut from whole images of 36 x 36 pixels, so that the smallest crop' in said
+    assert '--image-size=36' in config['command']
+    config,encoder = pretrain(path, tmp_path/'small', image_size=16)
+    assert (config['image_size'],encoder['view_size'])==(16, None) and 'are cut from' not in capsys.readouterr().out
+    config,_ = pretrain(path, tmp_path/'as_files', size=48)
+    assert config['image_size']==64 and 'as large as most files are' in capsys.readouterr().out
+    with pytest.raises(CliError, match='image_size must be at least size=16, the side of the views, got 8'):
+        pretrain(path, tmp_path/'no', image_size=8)
+
+def test_a_recipe_of_the_command_cuts_views_from_larger_images(tmp_path, capsys):
+    path = wide_pictures(tmp_path/'images')
+    config,encoder = pretrain(path, tmp_path/'run', recipe='cifar10', epochs=6, queue_size=16)
+    assert (config['image_size'],encoder['view_size'])==(36, (16,16))
+    assert [recipe(nm).image_size for nm in ('cifar10','stl10','imagenet')]==[72,144,501]
+
+def test_evaluation_sees_the_size_that_is_asked_for(tmp_path, capsys, monkeypatch):
+    path = wide_pictures(tmp_path/'images')
+    pretrain(path, tmp_path/'run')
+    seen = []
+    def at_size(x, size): return seen.append(size) or small(x, size)
+    monkeypatch.setattr('ressl_fastai.models._at_size', at_size)
+    def embedded(**kwargs):
+        out = tmp_path/f'{len(list(tmp_path.iterdir()))}.pt'
+        ressl_embed(str(tmp_path/'run'), str(path), str(out), num_workers=0, **kwargs)
+        return torch.load(out)['vectors']
+    a,b = embedded(),embedded(size=24)
+    assert not seen  # the files are opened at that size, nothing is resized twice
+    learn = encoder_learner(tmp_path/'run'/'encoder.pth', folder_dls(path, 24, 8, num_workers=0, split=False))
+    assert not torch.allclose(a, b, atol=1e-3)
+    shrunk = learn.embed()[0]
+    assert seen and (shrunk-a).norm()<0.5*(shrunk-b).norm()  # control: the encoder shrinks what is larger
