@@ -8,6 +8,7 @@
 - `ressl_fastai.curate`: Use what the encoder has learned before there are labels: find duplicates, outliers and clusters, and what to label first.
 - `ressl_fastai.data`: From a folder of images, or an array of small ones, to `DataLoaders`: found, looked at once, and decoded once.
 - `ressl_fastai.detection`: The encoder as backbone of torchvision's Faster R-CNN and RetinaNet.
+- `ressl_fastai.distributed`: Several processes, GPUs or machines train one model: `with learn.distrib_ctx(): learn.fit_one_cycle(100)`.
 - `ressl_fastai.evaluate`: How good is the encoder? Embeddings of clean images, their nearest-neighbour accuracy and their linear accuracy.
 - `ressl_fastai.feature_queue`: A first-in, first-out queue of teacher embeddings that takes batches of any size and is saved with the model.
 - `ressl_fastai.files`: One way to write files, one way to read them back, and a lock for folders: nothing that was finished is lost.

@@ -14,12 +14,13 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/batch_norm.html.md"""
 
 # %% auto #0
 __all__ = ['batch_norms', 'split_batch_norm', 'BatchNormNd', 'SplitBatchNorm', 'SyncedBatchNorm', 'SplitBatchNormAct',
-           'SyncedBatchNormAct', 'set_batch_norm', 'shuffled']
+           'SyncedBatchNormAct', 'batch_norm_kinds', 'set_batch_norm', 'shuffled']
 
 # %% ../nbs/03_batch_norm.ipynb #1ebaa807
 from numbers import Integral
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -92,9 +93,41 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
     def extra_repr(self): return f"{super().extra_repr()}, n_splits={self.n_splits}"
 
+class _Sum(torch.autograd.Function):
+    "Sum over all processes; the gradient is the sum of their gradients"
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad): return _Sum.forward(ctx, grad)
+
 class SyncedBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
-    "torch's `SyncBatchNorm`, which fastai takes for a norm and which knows what it was; made by `set_batch_norm`"
+    "torch's `SyncBatchNorm`, which fastai takes for a norm and which works on a CPU too; made by `set_batch_norm`"
     _was = BatchNormNd
+
+    def forward(self, x):
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
+        if not (self.training and together and x.device.type=='cpu'): return super().forward(x)
+        self._check_input_dim(x)
+        n,dims,shape = dist.get_world_size(),[0,*range(2, x.ndim)],(1,-1,*[1]*(x.ndim-2))
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = _Sum.apply(y.mean(dims))/n
+        y = y-mean.view(shape)
+        var = _Sum.apply(y.square().mean(dims))/n
+        if self.track_running_stats: self._track(mean, var, n*x.numel()//x.shape[1])
+        y = y*(var+self.eps).rsqrt().view(shape)
+        if self.affine: y = y*self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean, var, n):
+        self.num_batches_tracked.add_(1)
+        momentum = 1/self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_((var*n/(n-1)).to(self.running_var), momentum)
 
 # %% ../nbs/03_batch_norm.ipynb #dc60f51d
 class SplitBatchNormAct(SplitBatchNorm):
@@ -141,7 +174,16 @@ def _replacement(m, kind, n_splits):
 batch_norms = {
     'plain': "statistics of the batch on this device",
     'split': "statistics of `n_splits` parts of the batch",
-    'sync': "statistics of the batches on all devices together"}
+    'sync': "statistics of the batches of all processes together"}
+
+def batch_norm_kinds(
+    model:nn.Module # Any
+) -> set: # Names from `batch_norms`; empty without batch norm
+    "Which kinds of batch norm are in `model`"
+    def kind(m):
+        if isinstance(m, nn.SyncBatchNorm): return 'sync'
+        return 'split' if isinstance(m, SplitBatchNorm) else 'plain'
+    return {kind(m) for m in model.modules() if isinstance(m, _BatchNorm)}
 
 # %% ../nbs/03_batch_norm.ipynb #bee90f64
 def set_batch_norm(

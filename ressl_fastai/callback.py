@@ -28,10 +28,11 @@ from fastai.torch_basics import Pipeline, Transform
 from fastai.torch_core import TensorImage, get_model, no_random, num_distrib, to_device
 from fastcore.basics import listify, store_attr
 from fastcore.foundation import L
-from torch import Tensor
+from torch import nn, Tensor
 from torch.func import functional_call
 
-from .batch_norm import shuffled
+
+from .distributed import ranks_of
 from .loaders import check_images, clean_dl, get_normalize
 from .losses import info_nce_loss, mixed_loss, ressl_loss
 from .models import ReSSLModel
@@ -148,6 +149,9 @@ class ReSSL(Callback):
     def net(self): return get_model(self.learn.model)
 
     @property
+    def ranks(self): return ranks_of(self.learn)
+
+    @property
     def progress(self): return getattr(self.learn, 'pct_train', 1.)
 
     def before_fit(self):
@@ -155,10 +159,20 @@ class ReSSL(Callback):
         if not isinstance(self.net, ReSSLModel):
             raise ValueError(
                 f"ReSSL trains a ReSSLModel, learn.model is a {type(self.net).__name__}: use ressl_learner")
+        self._check_processes()
         self.restore_loss()
         self._reset()
         self.again = self.trained
         if self.learn.opt is not None: self.learn.opt.zero_grad()
+
+    def _check_processes(self):
+        if isinstance(self.learn.model, nn.DataParallel): raise ValueError(
+            "DataParallel would pair views of different images: start one process for each GPU, with torchrun or "
+            "accelerate launch, and train inside `with learn.distrib_ctx():`")
+        training = not self.learn.lock.locked()  # fastai locks for `validate` and `get_preds`
+        if training and num_distrib()>1 and self.ranks.size==1: raise ValueError(
+            f"{num_distrib()} processes were started, and each would train a model of its own: train inside "
+            "`with learn.distrib_ctx():` of a ressl_learner")
 
     def before_train(self):
         "Train on images without other augmentation; fill an empty queue with teacher embeddings of real images"
@@ -167,7 +181,8 @@ class ReSSL(Callback):
             dl,self.normalize = self.learn.dls.train,get_normalize(self.learn.dls)
             n = getattr(dl, 'partial_n', None) or dl.n  # fastai's `PartialDL` draws so many
             # a last batch of one image has no variance for batch norm
-            self.train_dl = clean_dl(dl, normalize=False, sampled=True, drop_last=dl.drop_last or n%dl.bs==1)
+            drop_last = dl.drop_last or n//self.ranks.size%dl.bs==1
+            self.train_dl = self.ranks.share(clean_dl(dl, normalize=False, sampled=True, drop_last=drop_last))
             if self._on_gpu(self.net.queue.feats) and num_distrib()<2:
                 _let_workers_collect_nothing()
                 if getattr(dl, 'images', None) is None: _send_without_waiting(self.train_dl)
@@ -195,12 +210,14 @@ class ReSSL(Callback):
         for b in self.train_dl:
             x = to_device(b[0] if isinstance(b, (tuple,list)) else b, queue.feats.device)
             self._check(x)
-            queue.enqueue(self._teach(self._view(x, self.weak_tfms)))
+            queue.enqueue(self.ranks.gather(self._teach(self._view(x, self.weak_tfms))))
             if queue.count==queue.size: return
 
     def _teach(self, x):
+        teacher = self.net.teacher
         with self.net.autocast(x):
-            return shuffled(self.net.teacher, x) if self.shuffle and self.training else self.net.teacher(x)
+            if not (self.shuffle and self.training): return teacher(x)
+            return self.ranks.shuffled(teacher, x, self.learn.train_iter)
 
     def _check(self, x):
         "Every batch on the CPU; elsewhere the first, since looking at values makes a GPU wait"
@@ -251,7 +268,7 @@ class ReSSL(Callback):
 
     def after_loss(self):
         if not self.training: return
-        self.keys.append(self.z_teacher)
+        self.keys.append(self.ranks.gather(self.z_teacher))
         if self._on_gpu(self.learn.loss) and num_distrib()<2: self.sent_loss = OnItsWay(self.learn.loss)
 
     def _on_gpu(self, x): return x.is_cuda

@@ -27,17 +27,18 @@ from pathlib import Path
 
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.progress import ProgressCallback
-from fastai.torch_core import get_model, num_distrib, set_random_states
+from fastai.torch_core import get_model
 from fastcore.basics import store_attr
 from fastcore.foundation import L
 
 from .checkpoint_file import delete_others, last_checkpoint, write_checkpoint
+from .distributed import ranks_of
 from .files import hold
 from .fingerprint import is_library
 from .same_fit import continue_data, differences, fit_data, fit_settings, is_small, other_data
-from .training_state import (continue_csvs, csv_starts, drop_lone_headers, end_logging, get_random,
-                                         get_training_state, memory_of, restore_csvs, set_generators, set_memory,
-                                         set_random, set_training_state)
+from .training_state import (continue_csvs, csv_starts, drop_lone_headers, end_logging, get_all_random,
+                                         get_training_state, memory_of, restore_csvs, set_all_random, set_memory,
+                                         set_training_state)
 
 # %% ../nbs/27_checkpoint.ipynb #c7a00021
 _locks = {}  # by folder: one of this process is closed before another is opened, since closing would free both
@@ -79,20 +80,27 @@ class Checkpoint(Callback):
         # fastai locks for `validate` and `get_preds`
         self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())
         if not self.run: return
-        if num_distrib()>1:
-            raise ValueError(
-                "Checkpoint keeps the random states of one process: it cannot be used in distributed training")
         for cb in L(self._go_on()).sorted('order'): cb('before_fit')  # a fit before was interrupted while they paused
         self._reset()
         folder = Path(self.folder)
         if self.n_fits: folder = folder.with_name(f'{folder.name}-{self.n_fits+1}')
         self.where = (self.learn.path/self.learn.model_dir/folder).absolute()
-        if lock := _locks.pop(self.where, None): lock.close()
-        _locks[self.where] = hold(self.where)
-        file,state = last_checkpoint(self.where)
+        file,state = self.ranks.from_rank0(self._open)
         if not state: drop_lone_headers(self.learn)
         self.settings,self.kept_data,self.csv = fit_settings(self.learn),fit_data(self.learn),csv_starts(self.learn)
         if state: self._continue(file, state)
+
+    @property
+    def ranks(self): return ranks_of(self.learn)
+
+    def _open(self):
+        "The folder is kept free of others; what is in it"
+        if lock := _locks.pop(self.where, None): lock.close()
+        _locks[self.where] = hold(self.where)
+        return last_checkpoint(self.where)
+
+    def _say(self, text):
+        if self.ranks.rank==0: print(text)
 
     def _continue(self, file, state):
         wrong = differences(state['settings'], self.settings)
@@ -110,10 +118,10 @@ class Checkpoint(Callback):
         self.csv = continue_csvs(self.learn, state.get('csv', []))
         for row in self.rows: self.learn.logger(row)
         if state['epoch']==self.n_epoch:
-            set_random(self.learn, state['random'])
-            print(f"nothing to do: {file} is the end of this fit. To train again, use another folder")
+            set_all_random(self.learn, state['random'])
+            self._say(f"nothing to do: {file} is the end of this fit. To train again, use another folder")
             raise CancelFitException
-        print(f"continuing from {file}{' with '+said if said else ''}")
+        self._say(f"continuing from {file}{' with '+said if said else ''}")
         if state['epoch']>0: self._pause()
 
     def before_epoch(self):
@@ -126,11 +134,11 @@ class Checkpoint(Callback):
         "Keep the state, or bring back what the epoch's beginning has changed again"
         state,self.state = self.state,None
         if state is None:
-            self.start = get_random(self.learn)
+            self.start = get_all_random(self.learn)
             return self._save(self.epoch, 0)
         set_memory(self.learn, state['training'])
         self.start,self.to_skip,self.random = state['start'],state['batch'],state['random']
-        set_random(self.learn, self.start)
+        set_all_random(self.learn, self.start)
         if self.to_skip: self._pause()
 
     def before_batch(self):
@@ -141,8 +149,7 @@ class Checkpoint(Callback):
             if self.iter+1<self.to_skip: return
             self.to_skip = 0
             self._go_on()
-            set_random_states(**self.random['process'])
-            set_generators(self.learn, self.random)
+            set_all_random(self.learn, self.random, order=False)
         elif self.every and self.train_iter%self.every==0: self._save(self.epoch, self.iter+1)
 
     def after_train(self): self.trained = True
@@ -168,10 +175,15 @@ class Checkpoint(Callback):
         return paused
 
     def _save(self, epoch, batch):
-        file = self.where/f'epoch_{epoch:04}_batch_{batch:06}.pth'
+        random = get_all_random(self.learn)
+        self.ranks.average_statistics(get_model(self.learn.model))
         self._say_what_is_lost()
+        self.ranks.from_rank0(lambda: self._write(epoch, batch, random))
+
+    def _write(self, epoch, batch, random):
+        file = self.where/f'epoch_{epoch:04}_batch_{batch:06}.pth'
         fit = dict(settings=self.settings, data=self.kept_data, rows=self.rows, csv=self.csv, start=self.start)
-        now = dict(training=get_training_state(self.learn), random=get_random(self.learn))
+        now = dict(training=get_training_state(self.learn), random=random)
         write_checkpoint(file, dict(epoch=epoch, batch=batch, **fit, **now))
         self.files = [*(o for o in self.files if o!=file), file][-2:]
         delete_others(self.where, self.files)
@@ -184,4 +196,4 @@ class Checkpoint(Callback):
             _,lost = memory_of(cb, net=net)
             new |= {f'{type(cb).__name__}.{k} ({why})' for k,why in lost.items()}-self.lost
         self.lost |= new
-        if new: print(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")
+        if new: self._say(f"Checkpoint does not keep {', '.join(sorted(new))}: after a crash it begins anew")

@@ -21,8 +21,8 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/cli.html.md"""
 __all__ = ['Interrupted', 'ressl_pretrain', 'ressl_evaluate', 'ressl_embed', 'ressl_prepare']
 
 # %% ../nbs/40_cli.ipynb #12c00002
-import re, sys, traceback, warnings
-from contextlib import contextmanager
+import os, re, sys, traceback, warnings
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -72,21 +72,30 @@ def _show_warning(message, *args, **kwargs):
     if _at_terminal(): print('\r\x1b[K', end='', file=sys.stderr)
     print(message, file=sys.stderr)
 
+def _rank(): return int(os.environ.get('RANK', 0))  # among the processes that a launcher started
+
+@contextmanager
+def _others_silent():
+    "Of several processes one talks"
+    if not _rank(): yield
+    else:
+        with open(os.devnull, 'w') as nothing, redirect_stdout(nothing): yield
+
 @contextmanager
 def _in_one_sentence(command):
     "Errors inside become a `CliError`; set `folder` of what is given when there is one"
-    run,out = SimpleNamespace(folder=None),sys.stdout
+    run,out = SimpleNamespace(folder=None, lock=None),sys.stdout
     errors = getattr(out, 'errors', None)
     if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
     try:
         _load()  # before, since what is left restores the filters that were set meanwhile
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _others_silent():
             warnings.filterwarnings('ignore', module=r'(PIL|matplotlib|numpy|sklearn|torch|torchvision)\b')
             warnings.showwarning = _show_warning
             yield run
     except CliError: raise
     except KeyboardInterrupt as e:
-        print(f'\n{command}: interrupted; {_what_is_kept(run.folder)}', file=sys.stderr)
+        if not _rank(): print(f'\n{command}: interrupted; {_what_is_kept(run.folder)}', file=sys.stderr)
         raise Interrupted(130) from e
     except Exception as e: raise CliError(_sentence(command, e)) from e
     finally:
@@ -102,7 +111,7 @@ def ressl_pretrain(
     size:int=None, # Side of the views in pixels, at which the encoder sees images; 64 if not given, 16 for digits
     image_size:int=None, # Side of the images views are cut from, whole; as most files, to 2.2 size if not given
     epochs:int=None, # Passes over the images; 100 if not given, 15 for digits
-    bs:int=None, # Images in a batch; 64 if not given, 32 for digits
+    bs:int=None, # Images in a batch, of all processes together; 64 if not given, 32 for digits
     lr:float=None, # Highest learning rate of the one-cycle schedule; 0.001 if not given, 0.002 for digits
     min_scale:float=None, # Smallest share of an image that a view shows; 0.2 if not given, 0.7 for digits
     flip_p:float=None, # Probability of a horizontal flip; 0.5 if not given, 0 for digits

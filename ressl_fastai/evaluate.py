@@ -50,6 +50,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn, Tensor
 
 from .data import free_memory
+from .distributed import ranks_of
 from .fingerprint import data_fingerprint, digest
 from .loaders import clean_dl, first_images, normalize_stats, same_stats
 from .models import Embedder, evaluating
@@ -113,7 +114,11 @@ def embed(
     _check_images(dl, learn)
     _check_normalize(dl, learn.dls.train)
     probe = Learner(learn.dls, net, loss_func=embedding_loss, cbs=cbs)
-    with evaluating(net), no_random(), probe.no_bar(), probe.no_logging(): x,y = probe.get_preds(dl=clean_dl(dl))
+    ranks = ranks_of(learn)
+    probe.to_detach = partial(ranks.to_detach, probe)
+    dl = ranks.share(clean_dl(dl), whole=True)
+    with evaluating(net), no_random(), probe.no_bar(), probe.no_logging():
+        x,y = probe.get_preds(dl=dl, reorder=ranks.size==1)
     return x.float(),None if y is None or len(y)==0 else y
 
 # %% ../nbs/15_evaluate.ipynb #6e0a0003
@@ -289,8 +294,9 @@ class KNNAccuracy(Metric):
         self.learn = learn
         if not self._measured: return
         check_classes(learn.yb[0], "the validation set's targets")
-        self.xs.append(_part(get_model(learn.model), self.teacher, self.projected)(*learn.xb).float())
-        self.ys.append(learn.yb[0])
+        x = _part(get_model(learn.model), self.teacher, self.projected)(*learn.xb).float()
+        self.xs.append(learn.to_detach(x, cpu=False))
+        self.ys.append(learn.to_detach(learn.yb[0], cpu=False))
 
     @property
     def _measured(self):
@@ -312,7 +318,8 @@ class KNNAccuracy(Metric):
         x,y = embed(self.learn, self._bank_dl(self.learn.dls.train), self.teacher, self.projected)
         valid_y = torch.cat(self.ys)
         if not ((y>=0).any() and (valid_y>=0).any()): return float('nan')  # a table with few labels
-        return knn_accuracy(*together([x, y, torch.cat(self.xs), valid_y], self.xs[0].device), self.k, self.temp)
+        there = together([x, y, torch.cat(self.xs), valid_y], self.xs[0].device)
+        return ranks_of(self.learn).from_rank0(lambda: knn_accuracy(*there, self.k, self.temp))
 
 # %% ../nbs/15_evaluate.ipynb #lp000002
 class LinearProbe(Callback):

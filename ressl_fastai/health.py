@@ -33,6 +33,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from .callback import OnItsWay, scheduled
+from .distributed import ranks_of
 from .losses import relation, ressl_loss
 from .loaders import clean_dl, item_name
 from .models import evaluating
@@ -97,9 +98,10 @@ def teacher_distance(
 # %% ../nbs/23_health.ipynb #h25words
 def _finite(m): return all(p.isfinite().all() for p in m.parameters())
 
-def _why_nan(learn, net, z_teacher):
-    "What is not finite, from the input on"
-    if not all(x.isfinite().all() for x in (*learn.xb, learn.ressl.x_teacher)):
+def _why_nan(learn, net):
+    "What is not finite, from the input on, in any process"
+    def finite(*xs): return ranks_of(learn).all(torch.stack([x.isfinite().all() for x in xs]).all())
+    if not finite(*learn.xb, learn.ressl.x_teacher):
         return "The images of this batch hold NaN or infinite pixels: find them, or leave them out."
     for nm,m in (('student',nn.Sequential(net.student, net.predictor)), ('teacher',net.teacher)):
         if not _finite(m): return (f"The weights of the {nm} are not finite: load an earlier checkpoint and go on "
@@ -107,19 +109,19 @@ def _why_nan(learn, net, z_teacher):
     if not net.queue.feats.isfinite().all():
         return ("The queue holds embeddings that are not finite: `learn.model.queue.count.zero_()` has it filled anew "
                 "at the next fit.")
-    if not z_teacher.isfinite().all():
+    if not finite(learn.ressl.z_teacher):
         return ("The network overflows in the teacher: try to_bf16 or to_fp32 in place of to_fp16, or a lower "
                 "learning rate.")
     return ("The network overflows in the student: try a lower learning rate, GradientClip, or to_bf16 or to_fp32 "
             "in place of to_fp16.")
 
-def _why_not(net, loss):
-    "What is not finite behind a finite loss"
-    for nm,b in net.named_buffers():
-        if not b.isfinite().all():
-            return f"the loss is {loss:.3g}, but {nm} overflows: look for images with very large values in this batch."
+def _why_not(learn, net):
+    "What is not finite behind a finite loss, in any process"
+    bad = [nm for nm,b in net.named_buffers() if not b.isfinite().all()]
+    bad = first(o[0] for o in ranks_of(learn).every(bad) if o)
+    if bad: return f"{bad} overflows: look for images with very large values in this batch."
     bad = first(nm for nm,p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all())
-    return (f"the loss is {loss:.3g}, but the gradient of {bad or 'the weights'} is not finite: "
+    return (f"the gradient of {bad or 'the weights'} is not finite: "
             "try precision='float32', a lower learning rate, or GradientClip.")
 
 _words = dict(
@@ -238,7 +240,7 @@ class Guard(Callback):
     def after_loss(self):
         "Asks whether the loss is finite without waiting for the device"
         if not self.active: return
-        finite = self.learn.loss.detach().isfinite()
+        finite = ranks_of(self.learn).all(self.learn.loss.detach().isfinite())  # one process must not stop alone
         self.finite = OnItsWay(finite) if finite.is_cuda else finite
 
     def before_step(self):
@@ -246,8 +248,8 @@ class Guard(Callback):
         if not self.active: return
         net = get_model(self.learn.model)
         if not _get(self.finite):
-            why = _why_nan(self.learn, net, self.learn.ressl.z_teacher)
-            return self._undo(f"the loss is {self.learn.loss.item()}. {why} This step was not taken.")
+            loss = sum(ranks_of(self.learn).every(self.learn.loss.item()))
+            return self._undo(f"the loss is {loss}. {_why_nan(self.learn, net)} This step was not taken.")
         self._judge(late=True)
         if not all(math.isfinite(h['lr']) for h in self.learn.opt.hypers):
             lr = self.learn.opt.hypers[-1]['lr']
@@ -260,6 +262,7 @@ class Guard(Callback):
         if watched: whole = torch.stack(torch._foreach_norm(watched)).isfinite().all()
         else: whole = self.learn.loss.new_tensor(True)
         _copy(self.latest, self.statistics)
+        whole = ranks_of(self.learn).all(whole)
         if whole.is_cuda:  # a GPU says so one step later; until then
             if not scaled: self._skip_unless(whole, grads)
             whole = OnItsWay(whole)
@@ -278,8 +281,9 @@ class Guard(Callback):
         if whole is None: return
         if _get(whole): self.good,self.latest = self.latest,self.good
         else:
-            why = _why_not(get_model(self.learn.model), self.learn.loss.item())
-            self._undo(f"{why} This gradient was not used.", late)
+            why = _why_not(self.learn, get_model(self.learn.model))
+            text = f"the loss is {self.learn.loss.item():.3g}, but {why} This gradient was not used."
+            self._undo(text, late)
 
     def _undo(self, text, late=False):
         if 'nan' not in self.said: self._keep(text, late)
@@ -305,7 +309,7 @@ class Guard(Callback):
     def after_batch(self):
         if not (self.active and self.due): return
         self.due = False
-        signs,facts = self._look()
+        signs,facts = self._look_together()
         for nm,sign in signs.items():
             # the others are no sign in a training that has only begun
             if self.early and nm not in ('collapse','fast'): continue
@@ -318,19 +322,25 @@ class Guard(Callback):
         self.said.add(nm)
         what = 'Training stopped' if self.action=='stop' else 'Warning'
         self.alarms.append(f"{what} in epoch {self.epoch} after {self.n_steps} steps: {text}")
-        print(self.alarms[-1])
+        if ranks_of(self.learn).rank==0: print(self.alarms[-1])
         if self.action=='warn': return
         self.learn.opt.zero_grad()
         raise CancelFitException
 
 # %% ../nbs/23_health.ipynb #h27look
 @patch
+def _look_together(self:Guard):
+    "Of several processes one looks, at the images of all"
+    ranks = ranks_of(self.learn)
+    n = -(-256//ranks.size)
+    zt,zs = (ranks.gather(z.detach()[:n].float()) for z in (self.learn.ressl.z_teacher, self.learn.pred))
+    return ranks.from_rank0(lambda: self._look(zt, zs)) if len(zt)>1 else ({},{})
+
+@patch
 @torch.no_grad()
-def _look(self:Guard):
+def _look(self:Guard, zt, zs):
     "What speaks for each alarm, and the numbers for its words"
     ressl,queue = self.learn.ressl,get_model(self.learn.model).queue.filled
-    zt,zs = (z.detach()[:256].float() for z in (ressl.z_teacher, self.learn.pred))
-    if len(zt)<2: return {},{}
     K,temp = len(queue),scheduled(ressl.teacher_temp, ressl.progress)
     newest = queue[(get_model(self.learn.model).queue.ptr - 1 - torch.arange(min(K, 8), device=queue.device))%K]
     std,rank = max(map(feature_std, (zt, zs))).item(),max(map(effective_rank, (zt, zs))).item()
@@ -408,11 +418,12 @@ class HealthMonitor(Callback):
     def before_batch(self):
         "What the teacher makes of a few images when what will be oldest at the end of the epoch joins the queue"
         if not (self.active and self.training and self.earlier is None): return
-        if self.iter>=self.n_iter-get_model(self.learn.model).queue.size/self.learn.dl.bs:
+        bs = ranks_of(self.learn).size*self.learn.dl.bs
+        if self.iter>=self.n_iter-get_model(self.learn.model).queue.size/bs:
             with evaluating(get_model(self.learn.model).teacher) as teacher: self.earlier = teacher(self.images)
 
     def after_loss(self):
-        if self.active and self.training: self.pending += len(self.learn.ressl.z_teacher)
+        if self.active and self.training: self.pending += len(self.learn.ressl.keys[-1])
 
     def after_cancel_step(self): self.pending = 0
 
@@ -424,15 +435,15 @@ class HealthMonitor(Callback):
 
     def after_batch(self):
         if not self.active or self.training or sum(map(len, self.teachers))>=self.n: return
-        self.students.append(self.learn.pred.float())
-        self.teachers.append(self.learn.ressl.z_teacher.float())
+        self.students.append(self.learn.to_detach(self.learn.pred.float(), cpu=False))
+        self.teachers.append(self.learn.to_detach(self.learn.ressl.z_teacher.float(), cpu=False))
 
     def after_validate(self):
         "The epoch's row; none after a validation that was cut short, as `Recorder` has it"
         if not self.active: return
         self.active = False
         if self.recorder.cancel_valid or not self.teachers: return
-        self.history.append(self._measure())
+        self.history.append(ranks_of(self.learn).from_rank0(self._measure))
         self.recorder.log += self.columns.map(self.history[-1].__getitem__)
         self.students,self.teachers = [],[]
 

@@ -13,6 +13,7 @@ __all__ = ['ReSSLLearner', 'duration', 'TimeLeft', 'ressl_learner']
 
 # %% ../nbs/28_learner.ipynb #bce794fb
 import warnings
+from contextlib import contextmanager
 from time import perf_counter
 
 import torch
@@ -20,20 +21,21 @@ from fastai.callback.core import Callback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision  # to_fp16()
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
-from fastai.imports import noop
 from fastai.learner import Learner
-from fastai.torch_core import TensorCategory, get_model
+from fastai.torch_core import TensorCategory, get_model, num_distrib
 from fastai.vision.core import imagenet_stats
-from fastcore.basics import first, ifnone, listify, patch
+from fastcore.basics import first, ifnone, listify, noop, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from . import views
 from .batch_norm import set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_views, default_warmup, resized_views
+from .distributed import ranks_of, training_together
 from .evaluate import KNNAccuracy, embedding_loss
 from .feature_queue import default_queue_size
 from .files import check_writable, make_folder
@@ -81,12 +83,31 @@ class ReSSLLearner(Learner):
             folder = (self.path/self.model_dir/cb.fname).parent
             check_writable(folder)
             make_folder(folder)  # fastai makes no folders in names
+        for cb in L(cbs):  # fastai counts the batches of an epoch as if this process had them all
+            if isinstance(cb, LRFinder): n_epoch = cb.num_it*ranks_of(self).size//len(self.dls.train) + 1
         super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     @delegates(Learner.lr_find)
     def lr_find(self, **kwargs):
         "As in fastai, and no trace of it is left but the curve in `learn.recorder`"
-        with unchanged(self): return super().lr_find(**kwargs)
+        with unchanged(self):
+            if ranks_of(self).size>1: self.save = noop  # what the curve changes comes back anyway, and not by a file
+            return super().lr_find(**kwargs)
+
+    @contextmanager
+    def distrib_ctx(self,
+        sync_bn:bool=True, # Whether plain batch norm takes its statistics from the batches of all processes
+        in_notebook:bool=False, # As in fastai; not needed
+        **kwargs # Passed on to PyTorch's `DistributedDataParallel`
+    ):
+        "As in fastai: inside, the processes that a launcher has started train one model; one process alone trains"
+        if num_distrib()<2: yield self
+        else:
+            with training_together(self, sync_bn, **kwargs): yield self
+
+    def to_detach(self, b, cpu=True, gather=True):
+        "As in fastai; other processes are asked inside `distrib_ctx` alone"
+        return ranks_of(self).to_detach(self, b, cpu, gather)
 
     def _clean(self, ds_idx, dl): return clean_dl(self.dls.train) if dl is None and ds_idx==0 else dl
 

@@ -12,7 +12,7 @@ __all__ = ['defaults', 'digits_defaults', 'at_terminal', 'keep_memory', 'new_fol
            'run_evaluate', 'run_embed', 'run_prepare']
 
 # %% ../nbs/39_runs.ipynb #39a00004
-import ctypes, json, shlex, shutil, sys, warnings
+import ctypes, json, os, shlex, shutil, sys, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
@@ -30,14 +30,15 @@ import torch
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import fit_one_cycle  # puts it on Learner
 from fastai.learner import Learner
-from fastai.torch_core import no_random, set_seed
-from fastcore.basics import noop
+from fastai.torch_core import no_random, num_distrib, rank_distrib, set_seed
+from fastcore.basics import defaults as machine, noop
 from fastcore.script import CliError
 from pandas import DataFrame
 
 from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls, encoded_targets, find_data, folder_dls, free_memory
+from .distributed import join_processes, ranks_of
 from .evaluate import (KNNAccuracy, fixed_choice, knn_accuracy, linear_accuracy, many, pixel_features,
                                    principal_components, together)
 from .files import check_writable, hold, make_folder, to_disk, write_text, write_torch, writing
@@ -243,6 +244,17 @@ def _save_curves(history, path):
 _in_memory = 2**31  # bytes of decoded images that are kept there, so that no image is opened twice
 _in_batch = 2**33  # bytes of a batch of images
 
+def _local():
+    "Processes of this training on this machine"
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+def _share(bs):
+    "Images of each process in a batch"
+    n = num_distrib() or 1
+    if bs%n or bs<2*n: raise ValueError(
+        f"bs={bs} images must be equal shares of at least two for {n} processes: use a multiple of {n}")
+    return bs//n
+
 def _digits_dls(size, bs):
     if 2<=size<=512: return digits_dls(size, bs)
     raise ValueError(f"size must be between 2 and 512 for digits, which have 8 pixels, got {size}")
@@ -259,7 +271,7 @@ def _dls(data, size, bs, gray, max_size=None, **kwargs):
 def _decoded(dls):
     "All images in memory if they take no more than 2 GB of it, and a quarter of what is free"
     if getattr(dls.train, 'images', None) is not None: return dls
-    n,free,shape = sum(dl.n for dl in dls),free_memory(),first_images(dls, 1)[0].shape[1:]
+    n,free,shape = _local()*sum(dl.n for dl in dls),free_memory(),first_images(dls, 1)[0].shape[1:]
     if n*shape.numel()>min(_in_memory, free//4 if free else _in_memory): return dls
     _talk(f"decoding {n:,} images to {shape[1]} x {shape[2]} pixels")
     return cached_dls(dls, num_workers=dls.train.fake_l.num_workers, progress=at_terminal())
@@ -280,6 +292,7 @@ def _larger(size, side, full):
 def _set_up(data, *, recipe, arch, size, image_size, epochs, bs, lr, min_scale, flip_p, blur_p, infonce_epochs,
             pretrained, gray, reproducible, valid_pct, skip_bad, num_workers, seed, **kwargs):
     "The learner, how to fit it, and what was chosen for it, before anything is trained or written"
+    if num_workers is None and _local()>1: num_workers = machine.cpus//_local()
     how = dict(valid_pct=valid_pct, num_workers=num_workers, seed=seed)
     _check_numbers(size=size, image_size=image_size, epochs=epochs, bs=bs, lr=lr, min_scale=min_scale,
                    infonce_epochs=infonce_epochs, **how, **{k:v for k,v in kwargs.items() if k in _limits})
@@ -294,7 +307,7 @@ def _set_up(data, *, recipe, arch, size, image_size, epochs, bs, lr, min_scale, 
     weak = weak_tfms(size, scale, flip_p=flip_p)
     strong = strong_tfms(size, scale, flip_p=flip_p, blur_p=blur_p)
     set_seed(seed, reproducible)
-    dls,side = _to_cut_from(data, size, image_size, bs, full_size(weak, strong), how)
+    dls,side = _to_cut_from(data, size, image_size, _share(bs), full_size(weak, strong), how)
     tfms = dict(size=size, weak_tfms=weak, strong_tfms=strong)
     learn = ressl_learner(dls, arch, pretrained=pretrained, **tfms, lr=lr, **kwargs)
     return learn,partial(learn.fit_one_cycle, epochs),dict(image_size=side)
@@ -308,7 +321,7 @@ def _from_recipe(name, data, image_size, how, pretrained, reproducible, **given)
     if r.n_epoch<=r.warmup_epochs: raise ValueError(
         f"epochs must be more than {r.warmup_epochs}, in which the learning rate of {name} rises, got {r.n_epoch}")
     set_seed(how['seed'], reproducible)
-    dls,side = _to_cut_from(data, r.size, image_size, r.bs, r.image_size, how)
+    dls,side = _to_cut_from(data, r.size, image_size, _share(r.bs), r.image_size, how)
     if wrong := recipe_misfits(r, dls):
         flags = ' '.join(f'--{k}={v}'.replace('_', '-') for k,(_,v) in wrong.items())
         what = '; '.join(what for what,_ in wrong.values())
@@ -332,53 +345,70 @@ def _config(learn, data, args):
 
 def _fit(learn, fit):
     "With fastai's bars in a terminal, else with a line for each epoch"
-    if at_terminal(): return fit()
+    if at_terminal() or rank_distrib(): return fit()
     learn.logger = _print_row
     _print_row(['epoch', 'train_loss', 'valid_loss', *learn.metrics.attrgot('name'), 'effective_rank', 'time'])
     with learn.no_bar(): fit()
 
-def _run(learn, fit, out, config, lock=None, report=True):
-    "Train `learn`, or go on with it, and write everything to `out`"
-    learn.path,learn.model_dir,kept = out,Path('.'),out/'checkpoint'
+_show = partial(print, flush=True)
+
+def _begin(learn, out, config, run):
+    "The folder, what stands in it before training, and what is said of the run"
+    run.folder,run.lock = _claim(out, config)
+    out,dls,kept = run.folder,learn.dls,run.folder/'checkpoint'
     make_folder(kept)  # as long as it is there, the run is not at its end
     _write_json(out/'config.json', config)
     plt.switch_backend('agg')
     learn.show_views()
     with writing(out/'views.png') as f: plt.savefig(f, format='png')
     plt.close()
-    dls,how,show = learn.dls,f"{config['arch']} at {config['size']} pixels",partial(print, flush=True)
-    labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
-    labels = f'{len(dls.vocab)} classes' if labelled else 'no labels (which are folders named by class)'
-    show(f"{dls.train.n} images for training, {dls.valid.n} held out, {labels}; {how}; results in {out}/")
+    how = f"{config['arch']} at {config['size']} pixels{f', {num_distrib()} processes' if num_distrib()>1 else ''}"
+    run.labelled = any(isinstance(m, KNNAccuracy) for m in learn.metrics)
+    labels = f'{len(dls.vocab)} classes' if run.labelled else 'no labels (which are folders named by class)'
+    _show(f"{dls.train.n} images for training, {dls.valid.n} held out, {labels}; {how}; results in {out}/")
     full = full_size(learn.ressl.weak_tfms, learn.ressl.strong_tfms)
-    if text := _larger(config['size'], config['image_size'], full): show(text)
-    if not any(kept.glob('*.pth')):  # a run that is continued is known to be long
-        if text := _before_long(learn, config['size'], config['epochs'], config['bs']): show(text)
-    if labelled:
-        pixels,random_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)
-        show(f"kNN accuracy of raw pixels: {pixels:.4f}; the column knn_accuracy is that of the encoder")
-    learn.add_cbs([HealthMonitor('effective_rank'), CSVLogger()])
-    _fit(learn, partial(fit, cbs=Checkpoint(kept.name)))
-    if learn.guard.alarms: raise CliError(f'ressl_pretrain: {learn.guard.alarms[-1]}')
+    if text := _larger(config['size'], config['image_size'], full): _show(text)
+    if num_distrib()<2 and not any(kept.glob('*.pth')):  # a run that is continued is known to be long
+        if text := _before_long(learn, config['size'], config['epochs'], config['bs']): _show(text)
+    if run.labelled:
+        run.pixels,run.random_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)
+        _show(f"kNN accuracy of raw pixels: {run.pixels:.4f}; the column knn_accuracy is that of the encoder")
+    return run.folder
+
+def _run(learn, fit, out, config, run):
+    "Train `learn`, or go on with it; of several processes the first writes"
+    try:
+        run.folder = ranks_of(learn).from_rank0(lambda: _begin(learn, out, config, run))
+        learn.path,learn.model_dir = run.folder,Path('.')
+        learn.add_cbs([HealthMonitor('effective_rank'), CSVLogger()])
+        _fit(learn, partial(fit, cbs=Checkpoint('checkpoint')))
+        if learn.guard.alarms: raise CliError(f'ressl_pretrain: {learn.guard.alarms[-1]}')
+    except Exception:
+        if run.folder and not rank_distrib() and not any((run.folder/'checkpoint').glob('*.pth')): _undo(run.folder)
+        raise
+
+def _write_results(learn, run, config, report=True):
+    "Encoder, curves, accuracies and report"
+    out,dls = run.folder,learn.dls
     learn.save_encoder('encoder')
     history = learn.csv_logger.read_log()
     _save_curves(history, out/'curves.png')
-    show(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}")
-    show(f"repeat:   {config['command']}")
-    if labelled:
+    _show(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}")
+    _show(f"repeat:   {config['command']}")
+    if run.labelled:
         _talk(f"embedding {dls.train.n+dls.valid.n:,} images with a random encoder")
-        random = _knn(partial(_embedded, random_learn), dls)
-        config['knn_accuracy'] = {'raw pixels':pixels, 'random encoder':random,
+        random = _knn(partial(_embedded, run.random_learn), dls)
+        config['knn_accuracy'] = {'raw pixels':run.pixels, 'random encoder':random,
                                   'pretrained encoder':float(history.knn_accuracy.iloc[-1])}
         print(f"\nkNN accuracy on the {dls.valid.n} held-out images")
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
         _write_json(out/'config.json', config)
     if report:
-        show(f"\nreport:   {out/'report.html'}, which takes up to a minute")
+        _show(f"\nreport:   {out/'report.html'}, which takes up to a minute")
         learn.report(command=config['command'])
     to_disk(out/'history.csv')
-    if lock: lock.close()
-    _delete_checkpoint(kept)  # everything else is on the disk now
+    if run.lock: run.lock.close()
+    _delete_checkpoint(out/'checkpoint')  # everything else is on the disk now
 
 # %% ../nbs/39_runs.ipynb #39a00011
 def run_pretrain(
@@ -391,14 +421,14 @@ def run_pretrain(
     "What `ressl_pretrain` does; `args` are all its other arguments"
     usual = {} if args['recipe'] is not None else digits_defaults if data=='digits' else defaults
     args = {k:usual.get(k) if v is None else v for k,v in args.items()}
+    join_processes()
     out = _wished(out, data)
     learn,fit,chosen = _set_up(data, **args)
     config = _config(learn, data, {**args, **chosen, 'queue_size':learn.model.queue.size})
-    run.folder,lock = _claim(out, config)
-    try: _run(learn, fit, run.folder, config, lock, not no_report)
-    except Exception:
-        if not any((run.folder/'checkpoint').glob('*.pth')): _undo(run.folder)
-        raise
+    with learn.distrib_ctx(): _run(learn, fit, out, config, run)
+    if rank_distrib(): return
+    os.environ.pop('WORLD_SIZE', None)  # from here on this process is alone, for fastai too
+    _write_results(learn, run, config, not no_report)
 
 # %% ../nbs/39_runs.ipynb #12ae0007
 def encoder_file(

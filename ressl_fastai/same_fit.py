@@ -28,9 +28,12 @@ from fastai.data.core import DataLoaders, Datasets
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage, get_model
 from fastcore.foundation import L
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .callback import ReSSL
 from .checkpoint_file import is_scalar
+from .distributed import ranks_of
 from .fingerprint import data_fingerprint, digest, is_library, item_fingerprints, lists
 from .loaders import get_normalize, normalize_stats
 from .models import ReSSLModel
@@ -69,17 +72,24 @@ def _curve(f): return [f(i/4) for i in range(5)] if callable(f) else f
 
 # %% ../nbs/25_same_fit.ipynb #c7a00016
 def _layers(mlp):
-    def one(m): return type(m).__name__+(f'({m.out_features})' if hasattr(m, 'out_features') else '')
+    def kind(m): return m._was if isinstance(m, nn.SyncBatchNorm) and hasattr(m, '_was') else type(m)
+    def one(m): return kind(m).__name__+(f'({m.out_features})' if hasattr(m, 'out_features') else '')
     return ' '.join(map(one, mlp))
 
-def _model_settings(net):
+def _batch_norm_parts(net, size):
+    "Into how many parts of the batch of all processes batch norms divide it"
+    bns = [m for m in net.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+    return sorted({size*getattr(m, 'n_splits', 1) for m in bns}-{1})
+
+def _model_settings(net, size):
     res = dict(model=type(net).__name__, parameters=sum(p.numel() for p in net.parameters()))
     if not isinstance(net, ReSSLModel): return res
     enc,queue = net.encoder,net.queue
-    n_splits = {m.n_splits for m in net.modules() if hasattr(m, 'n_splits')}
+
     res |= {k:getattr(enc, k) for k in ('arch','stem','n_in') if hasattr(enc, k)}
     return res | dict(queue_size=queue.size, dim=queue.feats.shape[1], queue_dtype=queue.feats.dtype,
-                      projector=_layers(net.projector), predictor=_layers(net.predictor), n_splits=sorted(n_splits))
+                      projector=_layers(net.projector), predictor=_layers(net.predictor),
+                      n_splits=_batch_norm_parts(net, size))
 
 def _measured(norm):
     "Whether its numbers come from images: from `ressl_learner`, or from fastai and a first batch, as a `TensorImage`"
@@ -94,10 +104,11 @@ def _data_settings(dls):
 def fit_settings(
     learn:Learner # In a fit
 ) -> dict: # Name to text
-    "What the course of a fit depends on"
+    "What the course of a fit depends on; counts are those of all processes, since another number of them may go on"
+    size = ranks_of(learn).size
     scheds = {k:f for cb in learn.cbs if isinstance(cb, ParamScheduler) for k,f in cb.scheds.items()}
     hypers = {k:[h[k] for h in learn.opt.hypers] for k in learn.opt.hypers[0] if k not in scheds}
-    res = dict(n_epoch=learn.n_epoch, **_model_settings(get_model(learn.model)), **_data_settings(learn.dls),
+    res = dict(n_epoch=learn.n_epoch, **_model_settings(get_model(learn.model), size), **_data_settings(learn.dls),
                opt_func=learn.opt_func, loss_func=learn.loss_func, frozen=getattr(learn.opt, 'frozen_idx', 0), **hypers)
     res |= {f'schedule of {k}':_curve(f) for k,f in scheds.items()}
     for cb in learn.cbs:
@@ -105,6 +116,7 @@ def fit_settings(
         if isinstance(cb, ReSSL): res |= {k:_curve(v) if k.startswith('teacher') else v for k,v in given.items()}
         elif isinstance(cb, (DevicePrecision,MixedPrecision,GradientAccumulation,GradientClip)):
             res |= {f'{cb.name}.{k}':v for k,v in given.items()}
+    res |= {k:res[k]*size for k in ('bs','gradient_accumulation.n_acc') if k in res}
     return {k:described(v) for k,v in res.items()}
 
 def differences(

@@ -33,6 +33,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .checkpoint_file import Encoded, decode, encode
+from .distributed import ranks_of
 from .fingerprint import assigned_later
 from .precision import DevicePrecision
 from .same_fit import arguments
@@ -127,11 +128,14 @@ def get_random(
     return dict(process=get_random_states(), dls=[dl.rng.getstate() for dl in _dls(learn)],
                 generators=list(map(_generator_state, _all_generators(learn))))
 
-def set_generators(
+def set_process(
     learn:Learner,
     state:dict # As from `get_random`
 ):
-    "Put back the states of generators that callbacks and transforms hold"
+    "Put back random states of the process and of generators, not the order of images"
+    process = state['process']
+    here = process['torch_cuda_state'][:torch.cuda.device_count()]
+    set_random_states(**{**process, 'torch_cuda_state':here})
     for g,o in zip(_all_generators(learn), state.get('generators', [])): _generator_state(g, o)
 
 def set_random(
@@ -139,9 +143,28 @@ def set_random(
     state:dict # As from `get_random`
 ):
     "Put back random states"
-    set_random_states(**state['process'])
+    set_process(learn, state)
     for dl,o in zip(_dls(learn)[::-1], state['dls'][::-1]): dl.rng.setstate(o)  # between fits there is no `learn.dl`
-    set_generators(learn, state)
+
+def get_all_random(
+    learn:Learner # In a fit
+) -> list: # As for `set_all_random`; one for each process
+    "Random states of all processes that train together"
+    ranks = ranks_of(learn)
+    return ranks.every({**get_random(learn), 'seed':ranks.seed})
+
+def set_all_random(
+    learn:Learner, # In a fit
+    states:list, # As from `get_all_random`
+    order:bool=True # Whether the order of images is put back too
+):
+    "Put back random states; of another number of processes, each begins anew from those of the first"
+    ranks,states = ranks_of(learn),states if isinstance(states, list) else [states]  # once there was one process alone
+    same = len(states)==ranks.size
+    state = states[ranks.rank if same else 0]
+    (set_random if order else set_process)(learn, state)
+    if not same: ranks.fork_random()
+    if ranks.size>1: ranks.seed = state.get('seed') or ranks.seed
 
 def _dls(learn): return [dl for dl in (vars(learn).get('dl'), *learn.dls.loaders) if hasattr(dl, 'rng')]
 

@@ -165,8 +165,8 @@ def test_control_forgetting_one_thing_is_found(crashed, tmp_path, what):
     folder,whole = crashed
     file,state = last_checkpoint(folder)
     assert state['batch']>0 and len(state['training']['keys'])==1
-    if what=='random': state['random']['process']['torch_state'] = torch.get_rng_state()
-    elif what=='order': state['start']['dls'][0] = random.getstate()
+    if what=='random': state['random'][0]['process']['torch_state'] = torch.get_rng_state()
+    elif what=='order': state['start'][0]['dls'][0] = random.getstate()
     else: state['training'].update(drop(state['training'], state)[what])
     write_checkpoint(tmp_path/'run'/file.name, state)
     got = everything(fit(make(1), n=3, cbs=[GradientAccumulation(80), Checkpoint(tmp_path/'run', 1)]))
