@@ -159,7 +159,9 @@ def show_clusters(self:Learner,
 def _typicality(x, k, device, most=10_000):
     "Inverse mean distance of the rows of `x`, of length 1, to the `k` nearest; in huge clusters, of some"
     k = min(k, len(x)//2)
-    return 1/((2-2*nearest(x, k=k, most=most, device=device)[0]).clamp(min=0).sqrt().mean(1)+1e-5) if k else torch.zeros(len(x))
+    if k==0: return torch.zeros(len(x))
+    cosines = nearest(x, k=k, most=most, device=device)[0]
+    return 1/((2-2*cosines).clamp(min=0).sqrt().mean(1)+1e-5)
 
 def typiclust(
     x:Tensor, # (size, nf) features

@@ -117,7 +117,8 @@ def test_each_file_is_opened_once_or_twice(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(60):
         (tmp_path/'abc'[i%3]).mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 80, (12,12,3), np.uint8)+np.uint8(60*(i%3))).save(tmp_path/'abc'[i%3]/f'{i}.png')
+        im = Image.fromarray(rng.integers(0, 80, (12,12,3), np.uint8)+np.uint8(60*(i%3)))
+        im.save(tmp_path/'abc'[i%3]/f'{i}.png')
     def files(*tfms): return ImageDataLoaders.from_folder(tmp_path, valid_pct=0.5, seed=0, bs=8, num_workers=0,
                                                           item_tfms=[*tfms, Resize(12)])
     learn = make(files(), arch, queue_size=16)

@@ -1,4 +1,4 @@
-"`ressl_prepare`: a copy of a folder in which images are small and still the same pictures, whole after any interruption."
+"`ressl_prepare`: a copy of a folder in which images are small and the same pictures, whole after any interruption."
 import json, os
 from pathlib import Path
 
@@ -31,7 +31,9 @@ def images(tmp_path):
     china.convert('L').save(path/'b'/'gray.png')
     return path
 
-def there(out): return {str(f.relative_to(out)):f for f in sorted(out.rglob('*')) if f.name!='config.json' and f.is_file()}
+def there(out):
+    files = [f for f in sorted(out.rglob('*')) if f.is_file() and f.name!='config.json']
+    return {str(f.relative_to(out)):f for f in files}
 
 def difference(a, b):
     "Mean difference of two pictures, in grey values, at the size of the first"
@@ -50,7 +52,8 @@ def test_the_copy_holds_the_same_pictures_in_the_same_folders(images, tmp_path):
     for nm,original in (('a/large.jpg','a/large.jpg'), ('b/side.JPG','b/side.JPG'),
                         ('a/deep/clear.png.jpg','a/deep/clear.png')):
         assert difference(open_image(got[nm]), open_image(images/original))<6
-        assert difference(open_image(got[nm]), open_image(images/original).transpose(Image.FLIP_LEFT_RIGHT))>20  # control
+        mirrored = open_image(images/original).transpose(Image.FLIP_LEFT_RIGHT)
+        assert difference(open_image(got[nm]), mirrored)>20  # control
     a,b = (folder_dls(o, 32, 2, gray=True, num_workers=0, split=False) for o in (images,out))
     assert list(a.vocab)==list(b.vocab) if hasattr(a, 'vocab') else not hasattr(b, 'vocab')
 
