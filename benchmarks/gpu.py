@@ -222,7 +222,7 @@ def run_syncs(say):
         attempt(say, partial(ten_steps, learn), case=case, size=size, what='ten steps')
         if CUDA: attempt(say, lambda: dict(where=where_it_waits(learn, n)), case=case, size=size, what='waits per step')
         attempt(say, lambda: counted(learn, n), case=case, size=size, what='counts')
-    free,data._free = data._free,lambda device: 0
+    free,data.free_memory = data.free_memory,lambda device: 0
     try:
         attempt(
             say,
@@ -230,7 +230,7 @@ def run_syncs(say):
             case='small',
             what='ten steps, images on the host',
         )
-    finally: data._free = free
+    finally: data.free_memory = free
 
 def run_host(say):
     "Where Python spends a step: milliseconds by function, its own and with what it calls"

@@ -311,8 +311,9 @@ def _fetch(images, rows, device):
 
 def _nearest(images, device):
     "`images` on a GPU that has four times as much memory free, else where they are"
-    on_gpu = device is not None and device.type=='cuda'
-    return images.to(device) if on_gpu and images.nbytes*4<=free_memory(device) else images
+    if device is None or device.type=='cpu': return images
+    free = free_memory(device)
+    return images.to(device) if free is not None and images.nbytes*4<=free else images
 
 def _categories(tl):
     "All items of a list that ends in `Categorize`, each class encoded once; None if that is not all it does"

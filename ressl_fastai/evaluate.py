@@ -116,9 +116,8 @@ def embed(
     probe = Learner(learn.dls, net, loss_func=embedding_loss, cbs=cbs)
     ranks = ranks_of(learn)
     probe.to_detach = partial(ranks.to_detach, probe)
-    dl = ranks.share(clean_dl(dl), whole=True)
     with evaluating(net), no_random(), probe.no_bar(), probe.no_logging():
-        x,y = probe.get_preds(dl=dl, reorder=ranks.size==1)
+        x,y = probe.get_preds(dl=ranks.share(clean_dl(dl), whole=True), reorder=ranks.size==1)
     return x.float(),None if y is None or len(y)==0 else y
 
 # %% ../nbs/15_evaluate.ipynb #6e0a0003

@@ -25,10 +25,11 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
+from fastai.imports import noop  # fastcore's is another
 from fastai.learner import Learner
 from fastai.torch_core import TensorCategory, get_model, num_distrib
 from fastai.vision.core import imagenet_stats
-from fastcore.basics import first, ifnone, listify, noop, patch
+from fastcore.basics import first, ifnone, listify, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 

@@ -242,10 +242,10 @@ def learner_kwargs(self:Recipe) -> dict: # Beside `dls` and `arch`
     strong = given('flip_p', 'jitter', 'jitter_p', 'gray_p', 'blur_p', 'blur_sigma')
     if self.sides is None: strong = strong_tfms(self.size, self.scale, **strong)
     else: strong = multi_crop_tfms(self.size, **given('sides', 'min_scales', 'max_scales'), **strong)
-    as_they_are = [k for k in _values_of['ressl_learner'] if k not in ('arch','n_splits')]
+    as_they_are = [k for k in _values_of['ressl_learner'] if k not in ('arch','n_splits','warmup')]
     return dict(
         size=self.size, weak_tfms=weak_tfms(self.size, self.scale, flip_p=self.flip_p), strong_tfms=strong,
-        **given(*as_they_are, 'lr', 'wd', 'wd_bn_bias'),
+        warmup=self.warmup, **given(*as_they_are, 'lr', 'wd', 'wd_bn_bias'),
         n_splits=max(1, self.n_splits//(num_distrib() or 1)),  # as of bs, each process has its share
         opt_func=partial(SGD, mom=self.mom, decouple_wd=self.decouple_wd), moms=(self.mom,)*3)
 

@@ -100,7 +100,7 @@ def weigh_rows(
 ) -> Tensor: # (bs, c, size, m)
     "Rows that are weighted sums of `k` rows each"
     (bs,c,n,m),(_,size,k) = x.shape,pixels.shape
-    pixels,weights = pixels.to(x.device),weights.to(x.device)
+    pixels,weights = pixels.to(x.device),weights.to(x)
     if x.device.type not in ('cpu','cuda'):
         return x.new_zeros(bs, size, n).scatter_add_(2, pixels.long(), weights)[:,None] @ x
     first = torch.arange(0, bs*c*n, n, dtype=torch.int32, device=x.device).view(bs, c, 1, 1)
@@ -137,11 +137,11 @@ def color_matrices(
     amounts:Tensor # (bs, 4) brightness, contrast, saturation, all >= 0, hue in turns; the last two only with 3 channels
 ) -> Tensor: # (bs, c, c+1): a matrix for the colour, and what is added
     "Brightness, contrast, saturation and hue as one affine map per image"
-    (bs,c),(b,k,s,h) = mean.shape,amounts.to(mean.device).T
+    (bs,c),(b,k,s,h) = mean.shape,amounts.to(mean).T
     if c==3:
         (luma,gray,chroma),turn = _constants(mean.device),torch.view_as_real(torch.polar(s, 2*math.pi*h))
         linear = torch.addmm(gray, turn, chroma).view(bs, 3, 3)
-    else: luma,linear = mean.new_full((c,), 1/c),torch.eye(c, device=mean.device)
+    else: luma,linear = mean.new_full((c,), 1/c),torch.eye(c, device=mean.device, dtype=mean.dtype)
     bk = b*k
     return torch.cat([bk[:,None,None]*linear, ((b-bk)*(mean@luma))[:,None,None].expand(bs, c, 1)], 2)
 

@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_cpu():
 @pytest.mark.parametrize('kept', [True, False])
 def test_nothing_waits(labels, kept, monkeypatch):
     from fastai.callback.core import Callback
-    if not kept: monkeypatch.setattr(data, '_free', lambda device: 0)
+    if not kept: monkeypatch.setattr(data, 'free_memory', lambda device: 0)
     class Strict(Callback):
         order = 1000
 

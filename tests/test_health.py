@@ -255,7 +255,7 @@ def test_monitor_changes_nothing():
 
 def test_freshness_and_distance():
     still, moving, fast = (
-        fit(make(teacher_momentum=m, projector_bn=False, guard=Guard('warn')), cbs=mon) and mon.history[-1]
+        fit(make(teacher_momentum=m, projector_bn=False, guard=Guard('warn'), warmup=None), cbs=mon) and mon.history[-1]
         for m, mon in ((1.0, HealthMonitor()), (0.9, HealthMonitor()), (0.0, HealthMonitor()))
     )
     assert (

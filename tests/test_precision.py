@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch, torchvision.models as tv
 from fastai.callback.fp16 import AMPMode
 from fastai.vision.all import Callback, MixedPrecision, SGD
-from helpers import fit, make, state
+from helpers import fit, make, same, state
 
 from ressl_fastai import precision as P
 from ressl_fastai.callback import ReSSL

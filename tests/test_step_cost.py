@@ -113,7 +113,7 @@ class Steps(Callback):
 def on_device(kept=True, bar=False, labels=False, views=None, **kwargs):
     "Steps of a training on the device"
     with replaced() as device, pytest.MonkeyPatch.context() as m:
-        m.setattr(data, '_free', lambda device: 10**9*kept)
+        m.setattr(data, 'free_memory', lambda device: 10**9*kept)
         dls = tensor_dls(x, np.arange(256)%4 if labels else None, valid_pct=0, bs=32, device=torch.device('meta'))
         assert f"kept on {'meta' if kept else 'cpu'}; bs=32" in repr(dls.train)
         weak,strong = views or (weak_tfms(12), strong_tfms(12))
@@ -130,7 +130,7 @@ def test_on_a_device_a_step_waits_for_nothing_and_three_small_copies_go_there(ba
     for to,waits,mixed,launches in on_device(bar=bar, labels=labels):
         assert waits==mixed==[] and len(to)==3 and all(later for *_,later in to)
         assert sum(math.prod(shape)*dtype.itemsize for shape,dtype,_ in to)<32*100
-        assert launches<320
+        assert launches<340  # 304 of a plain step, 15 of InfoNCE, 3 of labels
 
 def test_on_a_device_larger_images_are_sent_with_each_batch():
     for to,waits,mixed,_ in on_device(kept=False):

@@ -148,8 +148,9 @@ def test_unknown_and_impossible_arguments_raise():
 
 # the loop
 
-def test_d18_accumulation_equals_one_large_batch():
-    "1x128 and 4x32 without batch norm: weights, teacher and queue to 1e-6"
+@pytest.mark.parametrize('warmup', [None, InfoNCEWarmup(0, end=0.5)])
+def test_d18_accumulation_equals_one_large_batch(warmup):
+    "1x128 and 4x32 without batch norm, weight of the InfoNCE loss constant: weights, teacher and queue to 1e-6"
     def run(bs, cbs):
         learn = make(
             digits_dls(8, bs=bs, shuffle=False),
@@ -159,6 +160,7 @@ def test_d18_accumulation_equals_one_large_batch():
             opt_func=partial(SGD, mom=0.0),
             wd=0.0,
             queue_size=256,
+            warmup=warmup,
         )
         return state(fit(learn, lr=0.1, cbs=cbs+[Stop(512//bs)]))
     class Stop(Callback):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ressl_fastai.data import digits_dls
 from ressl_fastai.learner import ressl_learner
-from ressl_fastai.views import RandomView, _look_up, color_matrices, crop_boxes, strong_tfms, weak_tfms
+from ressl_fastai.views import RandomView, _all_taps, _look_up, color_matrices, crop_boxes, strong_tfms, weak_tfms
 from ressl_fastai.loaders import clean_dl
 
 pytestmark = pytest.mark.filterwarnings('ignore:images have 13 channels')
@@ -617,3 +617,14 @@ def test_clean_dl_of_one_list_and_of_a_dataset_without_transforms(tmp_path):
     assert (contents(dl)-contents(dl)).abs().mean()>0.1                                    # control
     for _ in range(2): torch.testing.assert_close(contents(clean_dl(dl)), want, rtol=0, atol=1e-6)
     assert torch.equal(contents(clean_dl(DataLoader(list(want), bs=4, shuffle=True, drop_last=True))), want)
+
+@pytest.mark.parametrize('n_in', [1,3])
+def test_views_are_float32_whatever_the_default(n_in):
+    "Under another default type tables and draws were float64, which products with float32 images refuse"
+    x = torch.rand(4, n_in, 20, 24)
+    def views(dtype):
+        _all_taps.cache_clear()
+        torch.set_default_dtype(dtype)
+        try: return [make(12)(x) for make in (weak_tfms,strong_tfms)]
+        finally: torch.set_default_dtype(torch.float32)
+    assert all(v.dtype==torch.float32 and v.isfinite().all() for dtype in (torch.float64,torch.float32) for v in views(dtype))
