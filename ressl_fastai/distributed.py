@@ -201,7 +201,12 @@ def join_processes(
         gpus = getattr(torch, device.type)
         device = torch.device(device.type, int(os.environ.get('LOCAL_RANK', rank_distrib()%gpus.device_count())))
         gpus.set_device(device)
-    if not dist.is_initialized(): dist.init_process_group()
+    if dist.is_initialized(): return device
+    if os.environ.get('GROUP_WORLD_SIZE')!='1': dist.init_process_group()
+    else:  # torchrun on one machine keeps one store for all attempts, in which the addresses of dead processes are, too
+        store,rank,size = next(dist.rendezvous('env://'))
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=size)
     return device
 
 class TrainTogether(Callback):

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 --max-restarts 1 distributed_kill.py FOLDER"""
 
-import os, signal, sys
+import os, signal, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -34,4 +34,7 @@ def train(folder):
     with learn.no_bar(), learn.distrib_ctx(): learn.fit_one_cycle(2, 1e-3, cbs=[Checkpoint('run', every=2), Kill()])
     if rank_distrib()==0: torch.save(learn.model.state_dict(), folder/'weights.pth')
 
-if __name__=='__main__': train(Path(sys.argv[1]))
+if __name__=='__main__':
+    # late, so that the other process would take the address that this one had in the first attempt for today's
+    if os.environ['TORCHELASTIC_RESTART_COUNT']=='1' and rank_distrib()==0: time.sleep(3)
+    train(Path(sys.argv[1]))

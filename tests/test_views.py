@@ -627,4 +627,5 @@ def test_views_are_float32_whatever_the_default(n_in):
         torch.set_default_dtype(dtype)
         try: return [make(12)(x) for make in (weak_tfms,strong_tfms)]
         finally: torch.set_default_dtype(torch.float32)
-    assert all(v.dtype==torch.float32 and v.isfinite().all() for dtype in (torch.float64,torch.float32) for v in views(dtype))
+    for dtype in (torch.float64,torch.float32):
+        assert all(v.dtype==torch.float32 and v.isfinite().all() for v in views(dtype))
