@@ -39,7 +39,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 from .callback import scheduled
-from .evaluate import at_once, fixed_choice, many, only, together  # and learn.embed()
+from .evaluate import at_once, fixed_choice, only, together  # and learn.embed()
 from .losses import relation
 from .loaders import clean_dl, spread
 

@@ -356,9 +356,9 @@ class L2Norm(nn.Module):
     "Rows of unit length, in float32 or better"
     def forward(self, x): return F.normalize(_at_least_float32(x), dim=1)
 
-def _at_least_float32(x:Tensor) -> Tensor: return x if x.dtype==torch.float64 else x.float()
-
 torch.fx.wrap('_at_least_float32')  # not to be traced: what it does depends on the input
+
+def _at_least_float32(x:Tensor) -> Tensor: return x if x.dtype==torch.float64 else x.float()
 
 # %% ../nbs/04_models.ipynb #e4a40001
 class Embedder(nn.Module):

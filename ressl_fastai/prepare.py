@@ -15,7 +15,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/prepare.html.md"""
 __all__ = ['prepare_image', 'prepare_images']
 
 # %% ../nbs/17_prepare.ipynb #1700a004
-import json, os, shutil
+import json, os
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from PIL import Image
 from . import __version__
 from .data import image_suffixes, walk
 from .files import write_text, writing
-from .images import ImageError, is_deep, open_image
+from .images import is_deep, open_image
 
 # %% ../nbs/17_prepare.ipynb #1700a007
 def _resized(file, short_side):
