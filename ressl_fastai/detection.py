@@ -14,7 +14,6 @@ __all__ = []
 # %% ../nbs/38_detection.ipynb #dt04
 from copy import deepcopy
 
-import torch
 from fastai.callback.hook import model_sizes
 from fastai.learner import Learner
 from fastcore.basics import patch
