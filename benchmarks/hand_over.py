@@ -115,6 +115,7 @@ class CPUBudget(NoValidation):
     def before_batch(self):
         share = (time.process_time()-self.start)/self.seconds
         if share>=1: raise CancelFitException
+        self.learn.pct_train = share  # by which schedules of the method go
         self.opt.set_hypers(lr=self.lr(share), mom=self.mom(share))
 
 def train(learn, seconds, lr=lr):
