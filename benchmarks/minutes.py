@@ -1,4 +1,4 @@
-"""How good is the encoder after so many minutes: ours with its defaults, and other packages as they document themselves.
+"""How good an encoder is after so many minutes: ours with its defaults, other packages as they document themselves.
 
 Claim: the defaults reach the best peer's quality of 8 minutes in 3, with the same encoder and the same pictures.
 n: the sets and seeds that the receipts hold. Machine: that of each receipt.
@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 from fastai.data.block import DataBlock
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
