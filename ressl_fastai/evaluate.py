@@ -323,7 +323,7 @@ class KNNAccuracy(Metric):
 # %% ../nbs/15_evaluate.ipynb #lp000002
 class LinearProbe(Callback):
     "A linear classifier that learns beside the student, as the column 'linear_accuracy' of the progress table"
-    remove_on_fetch = True
+    remove_on_fetch,name = True,'online_probe'  # fastai would call it `learn.linear_probe`, which is a method
     def __init__(self,
         lr:float=1e-2 # Learning rate of its own Adam, > 0
     ):

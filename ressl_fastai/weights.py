@@ -42,6 +42,9 @@ layouts = {
     'solo-learn': dict(
         under='state_dict', student='backbone.', teacher='momentum_backbone.', small='small_pad2',
         other=('projector.', 'momentum_projector.', 'classifier.', 'momentum_classifier.', 'queue', 'queue_ptr')),
+    'solo-learn 1.0.2': dict(
+        under='state_dict', student='encoder.', teacher='momentum_encoder.', small='small_pad2',
+        other=('projector.', 'momentum_projector.', 'classifier.', 'momentum_classifier.', 'queue', 'queue_ptr')),
     'lightly, examples': dict(
         under='state_dict', student='backbone.', teacher='backbone_momentum.', small=None,
         other=('projection_head.', 'projection_head_momentum.', 'prediction_head.', 'criterion.')),

@@ -4,9 +4,13 @@ trackers."""
 from functools import partial
 
 import pytest, torch
+from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from fastcore.basics import camel2snake
 
+import ressl_fastai.all  # all callbacks
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import LinearProbe, embed
 from ressl_fastai.health import HealthMonitor
@@ -67,3 +71,17 @@ def test_tensorboard_gets_every_column(tmp_path):
     written = EventAccumulator(str(tmp_path/'runs')).Reload()
     for nm in ('valid_loss','linear_accuracy','feature_std'):
         assert [o.value for o in written.Scalars(nm)]==pytest.approx(column(learn, nm), rel=1e-5)
+
+def test_the_probe_beside_the_training_leaves_the_method_of_the_same_name(tmp_path):
+    probe = LinearProbe()
+    dls = digits_dls(8)
+    learn = ressl_learner(dls, partial(small_resnet, widen=0.25), n_hidden=16, dim=8, queue_size=64, cbs=probe,
+                          path=tmp_path)
+    assert 0<=learn.linear_probe()['top1']<=1 and learn.online_probe is probe
+
+def test_no_callback_has_the_name_of_a_method_of_learners():
+    "fastai makes a callback an attribute of its learner, which would hide the method"
+    ours = [o for o in Callback.__subclasses__() if o.__module__.startswith('ressl_fastai.')]
+    assert LinearProbe in ours and HealthMonitor in ours
+    names = [o.name if isinstance(o.name, str) else camel2snake(o.__name__) for o in ours]
+    assert not [o for o in names if hasattr(Learner, o)]

@@ -72,6 +72,11 @@ def solo_learn(q, k):
     }
     return dict(state_dict={**nets, **heads, **queue()}, epoch=400, loops={}, callbacks={})
 
+def solo_learn_old(q, k):
+    "As solo-learn 1.0.2 writes it, which calls a backbone an encoder"
+    res = solo_learn(q, k)
+    return dict(res, state_dict={o.replace('backbone.', 'encoder.'):v for o,v in res['state_dict'].items()})
+
 def lightly_example(q, k):
     "As in lightly's examples/pytorch_lightning/byol.py: `nn.Sequential(*list(resnet.children())[:-1])`"
     nets = {**named('backbone', numbered(q)), **named('backbone_momentum', numbered(k))}
@@ -102,6 +107,8 @@ files = {  # layout, the sources' first layers, what the caller says, the stem
     'archive_pool': (archive, dict(small, n_in=4), 'auto', 'small_pool'),
     'solo': (solo_learn, {}, 'auto', 'standard'),
     'solo_cifar': (solo_learn, dict(kernel=3, pad=2, pool=False), 'auto', 'small_pad2'),
+    'solo_old': (solo_learn_old, {}, 'auto', 'standard'),
+    'solo_old_cifar': (solo_learn_old, dict(kernel=3, pad=2, pool=False), 'auto', 'small_pad2'),
     'lightly': (lightly_example, {}, 'auto', 'standard'),
     'lightly_small': (lightly_example, dict(small, pool=False), 'auto', 'small'),
     'lightly_benchmark': (lightly_benchmark, {}, 'auto', 'standard'),
@@ -124,7 +131,8 @@ def test_layouts_are_told_apart(made):
     names = {nm:read_ressl_weights(file)[1]['layout'] for nm,(file,_) in made.items()}
     assert names=={'official':'official', 'official_small':'official', 'official_small_pool':'official',
         'archive':'official, small images', 'archive_pool':'official, small images', 'solo':'solo-learn',
-        'solo_cifar':'solo-learn', 'lightly':'lightly, examples', 'lightly_small':'lightly, examples',
+        'solo_cifar':'solo-learn', 'solo_old':'solo-learn 1.0.2', 'solo_old_cifar':'solo-learn 1.0.2',
+        'lightly':'lightly, examples', 'lightly_small':'lightly, examples',
         'lightly_benchmark':'lightly, benchmarks', 'lightly_benchmark_small':'lightly, benchmarks',
         'stable':'stable-pretraining', 'stable_cifar':'stable-pretraining'}
 
