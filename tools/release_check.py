@@ -20,12 +20,12 @@ from ressl_fastai.all import *
 import numpy as np
 rng = np.random.default_rng(0)
 for i in range(24):
-    file = Path('images')/f'class{i%2}'/f'{i}.png'
+    file = Path('images')/'labelled'/f'class{i%2}'/f'{i}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     PILImage.create(rng.integers(0, 256, (20,20,3), dtype=np.uint8)).save(file)
 def loaders():
     kw = dict(valid_pct=0.3, seed=0, item_tfms=Resize(16), bs=8, num_workers=0)
-    return ImageDataLoaders.from_folder('images', **kw)
+    return ImageDataLoaders.from_folder('images/labelled', **kw)
 dls,labelled_dls = loaders(),loaders()
 """
 

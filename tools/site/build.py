@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import yaml
+from fastai.callback.core import Callback
 from fastcore.docments import DocmentTbl
 from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
@@ -23,10 +24,16 @@ here = Path(__file__).resolve().parent
 root = here.parent.parent
 
 
+def inherits_init(sym):
+    "Is `sym` a callback that takes no arguments? fastai's own takes events by name, which no caller uses"
+    return isinstance(sym, type) and issubclass(sym, Callback) and sym.__init__ is Callback.__init__
+
+
 def entry(doc):
     "A symbol in Markdown: anchor, source, how it is called, what it does, its parameters as a table"
     source = NbdevLookup().code(doc.fn)
     names = [p for p in doc.dm.dm if p!='return'] if hasattr(doc.dm, 'dm') else []
+    if inherits_init(doc.sym): names = []
     parts = [f'<span id="{html.escape(doc.nm.lower())}"></span>', f'### {doc.nm}']
     if source: parts.append(f'<a class="source" href="{source}">source</a>')
     parts.append(f"```python\n{doc.nm}({', '.join(names)})\n```")

@@ -33,5 +33,16 @@ def math(block):
         raise nodes.SkipNode
     return visit
 
-def setup(app): app.add_html_math_renderer('mathml', (math(False), None), (math(True), None))
+def sort_tables(app, doctree, docname):
+    "What the style sheet cannot see: tables of a `symbol` list its parameters, `wordy` ones have sentences, `short` ones none"
+    for table in doctree.findall(nodes.table):
+        cells = [o.astext() for o in table.findall(nodes.entry)]
+        of_symbol = cells[1:2]==['Type']
+        longest = max(map(len, cells))
+        table['classes'].append('symbol' if of_symbol else 'wordy' if longest>60 else 'short')
+
+def setup(app):
+    app.add_html_math_renderer('mathml', (math(False), None), (math(True), None))
+    app.connect('doctree-resolved', sort_tables)
+
 html_math_renderer = 'mathml'
