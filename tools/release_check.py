@@ -19,7 +19,7 @@ matplotlib.use('agg')
 from ressl_fastai.all import *
 import numpy as np
 rng = np.random.default_rng(0)
-for i in range(24):
+for i in range(80):
     file = Path('images')/'labelled'/f'class{i%2}'/f'{i}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     PILImage.create(rng.integers(0, 256, (20,20,3), dtype=np.uint8)).save(file)

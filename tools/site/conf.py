@@ -34,7 +34,7 @@ def math(block):
     return visit
 
 def sort_tables(app, doctree, docname):
-    "What the style sheet cannot see: tables of a `symbol` list its parameters, `wordy` ones have sentences, `short` ones none"
+    "A class for the style sheet: `symbol` (a table of parameters), `wordy` (with sentences), `short`"
     for table in doctree.findall(nodes.table):
         cells = [o.astext() for o in table.findall(nodes.entry)]
         of_symbol = cells[1:2]==['Type']
