@@ -83,9 +83,10 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { min-width: 5rem; padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top;
          border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 .long { min-width: 15rem; max-width: 46rem; overflow-wrap: anywhere; }
+th { font-weight: 600; } tbody th { white-space: nowrap; } thead th { color: var(--quiet); font-weight: 400; }
 @media (max-width: 40rem) {
-  th, td { min-width: 4rem; padding-right: .5rem; } .long { min-width: 7.5rem; } }
-th { font-weight: 600; } thead th { color: var(--quiet); font-weight: 400; }
+  th, td { min-width: 4.6rem; padding-right: .5rem; } .long { min-width: 7.5rem; }
+  tbody th { white-space: normal; } }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border-radius: .5rem; background: var(--card);
       font-size: .85rem; user-select: all; }
 </style>
@@ -159,6 +160,7 @@ def _lines(title, levels={}, **ys):
     ax.set_title(plain_text(title), fontsize=10)
     ax.tick_params(labelsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if max(map(len, ys.values()), default=0)==1: ax.set_xticks([1])
     if len(ys)+len(levels)>1: ax.legend(fontsize=8)
 
 # %% ../nbs/35_report.ipynb #rp17few
@@ -287,6 +289,14 @@ def no_better_than_pixels(
             f"({pixels:.3f}): it is of no use yet. Train longer, or choose views that keep what tells your classes "
             "apart. Small, grey, centred pictures favour raw pixels."]
 
+def _pixels_level(learn, seen):
+    "Accuracy of raw pixels with as many labels as `knn_accuracy` has, or by name how many they are"
+    (train,valid),at_hand = learn.dls.loaders[:2],getattr(learn.dls.train, 'images', None) is not None
+    if seen.dl.n==train.n: return {'raw pixels':_knn(seen, 'raw pixels')}
+    if not at_hand or train.n>10_000: return {f'raw pixels, {seen.dl.n:,} labels':_knn(seen, 'raw pixels')}
+    _labelled(seen)
+    return {'raw pixels':knn_accuracy(*pixel_features(train), *pixel_features(valid))}
+
 def curves_section(learn, seen):
     history = epoch_table(learn)
     if history.empty: raise ValueError("nothing was trained with this learner since it was made")
@@ -294,7 +304,7 @@ def curves_section(learn, seen):
     figures = [_figure(_lines, 'loss by epoch', 'loss by epoch', **losses)]
     for o in [o for o in history if not o.endswith('_loss') and o not in HealthMonitor.names]:
         pixels = o.endswith('knn_accuracy') and not seen.problem
-        levels = {'raw pixels':_knn(seen, 'raw pixels')} if pixels else {}
+        levels = _pixels_level(learn, seen) if pixels else {}
         figures.append(_figure(_lines, f'{o} by epoch', f'{o} by epoch', levels, **{o:history[o]}))
     figures.append(_figure(_lines, 'learning rate by step', 'learning rate by step', lr=learn.recorder.lrs))
     return dict(figures=figures, warnings=fallen_accuracy(history),
@@ -344,13 +354,15 @@ def accuracy_section(learn, seen):
     for nm in ('raw pixels','student','teacher'):
         x,valid_x = principal_components(*_features(seen, nm))
         rows.append((nm, f'{_knn(seen, nm):.3f}', f"{linear_accuracy(x, y, valid_x, valid_y)['top1']:.3f}"))
-    pixels,student = rows[0],rows[1]
-    return dict(head=('', 'nearest neighbours', 'linear'), rows=rows,
-                warnings=no_better_than_pixels(_knn(seen, 'student'), _knn(seen, 'raw pixels')),
+    pixels,student,wrong,more = rows[0],rows[1],[],""
+    if seen.dl.n==learn.dls.train.n: wrong = no_better_than_pixels(_knn(seen, 'student'), _knn(seen, 'raw pixels'))
+    elif 'knn_accuracy' in epoch_table(learn):
+        more = f" The column knn_accuracy has the labels of all {learn.dls.train.n:,}, so that its values differ."
+    return dict(head=('', 'nearest neighbours', 'linear'), rows=rows, warnings=wrong,
                 text=f"Raw pixels alone reach {pixels[1]} with nearest neighbours and {pixels[2]} with a "
                      "linear classifier: features that do not beat them are of no use. "
                      f"Measured on {seen.valid.n:,} validation images, with the labels of {seen.dl.n:,} training "
-                     "images; pretraining saw none. The linear classifier has at most 128 principal components.",
+                     f"images; pretraining saw none.{more} The linear classifier has at most 128 principal components.",
                 facts=[('nearest-neighbour accuracy', student[1]), ('that of raw pixels', pixels[1])])
 
 def few_labels_section(learn, seen):
@@ -467,7 +479,7 @@ def use_section(learn, seen):
              "labelled_dls: DataLoaders of labelled images of the same size (see above), without Normalize, which "
              "the encoder brings along.",
         code=f"""{save}from ressl_fastai.all import *
-{before}# such as labelled_dls = ImageDataLoaders.from_csv(folder, 'labels.csv', item_tfms=Resize(size, method='squish'))
+{before}# labelled_dls = ImageDataLoaders.from_csv(folder, 'labels.csv', item_tfms=Resize(size, method='squish'))
 learn = encoder_learner({str(file)!r}, labelled_dls{arch})
 clf = learn.to_classifier(labelled_dls, metrics=accuracy)
 clf.validate()""")

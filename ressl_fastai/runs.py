@@ -501,6 +501,7 @@ def _scores(learn, random_learn, k, protocol, seed):
         _talk(f"{nm}: {dls.train.n+dls.valid.n:,} images")
         (train_x,train_y),(x,y) = f(dls.train),f(dls.valid)
         knn = knn_accuracy(*together([train_x, train_y, x, y], model_device(learn)), k=k)
+        _talk(f"{nm}: nearest neighbours {knn:.4f}; now the linear classifier")
         if nm=='raw pixels' and x.shape[1]>512: train_x,x = principal_components(train_x, x)
         linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
         res.append(dict(features=nm, knn=knn, linear_top1=linear['top1'], linear_top5=linear['top5']))

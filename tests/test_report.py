@@ -338,12 +338,28 @@ def test_accuracies_stand_beside_raw_pixels_on_axes_from_0_to_1(labelled, monkey
     assert set(health)==set(HealthMonitor.names) and {o[0] for o in health.values()}=={0}
     assert health['feature_std'][1]==health['queue_freshness'][1]==1.05
 
+def test_the_line_of_raw_pixels_has_the_labels_of_the_curve(labelled):
+    learn = labelled[0]
+    assert set(report._pixels_level(learn, report._look(learn, 200)))=={'raw pixels'}
+    assert set(report._pixels_level(learn, report._look(learn, 30)))=={'raw pixels, 30 labels'}  # images would be read
+    text = report.accuracy_section(learn, report._look(learn, 30))
+    assert 'has the labels of all 105' in text['text'] and text['warnings']==[]
+    cached = ressl_learner(digits_dls(8), NoBN(), queue_size=64, n_hidden=16, dim=8, path=learn.path)
+    some,whole = (report._look(cached, n) for n in (30,2000))
+    assert report._pixels_level(cached, some)=={'raw pixels':report._knn(whole, 'raw pixels')}
+    assert report._knn(some, 'raw pixels')!=report._knn(whole, 'raw pixels')  # control
+
 def test_an_accuracy_that_falls_with_the_loss_is_said():
     def said(knn, loss=(3.,2.,1.)):
         return report.fallen_accuracy(pd.DataFrame(dict(train_loss=loss, valid_loss=1., knn_accuracy=knn)))
     text, = said([0.5,0.7,0.6])
     assert 'fell from 0.700 in epoch 2 to 0.600' in text and 'milder colour' in text
     assert said([0.5,0.6,0.7])==said([0.5,0.7,0.69])==said([float('nan')]*3)==said([0.5,0.7,0.6], (3.,1.,2.))==[]
+
+def test_a_path_of_ones_own_is_made(tmp_path):
+    learn = ressl_learner(digits_dls(8), NoBN(), queue_size=64, n_hidden=16, dim=8, path=tmp_path/'a'/'results')
+    assert learn.report(n=20)==tmp_path/'a'/'results'/'report.html' and learn.path.is_dir()
+    learn.export('learner.pkl')
 
 def test_features_that_pixels_beat_are_named():
     assert report.no_better_than_pixels(0.6, 0.5)==[]
