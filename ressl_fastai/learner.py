@@ -308,6 +308,7 @@ def ressl_learner(
     half = _precision(precision, channels_last, dls, model, size, [weak_tfms, *listify(strong_tfms)])
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics,
                          cbs=L(ressl, half, TimeLeft())+L(Guard() if guard else None)+L(cbs), **kwargs)
+    if kwargs.get('path') is not None: make_folder(learn.path)  # `report` and `export` write there
     if half.dtype==torch.float16: learn.to_fp16()  # the scaler of gradients
     if get_normalize(dls) is None: add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     look_at_files(dls)

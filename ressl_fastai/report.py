@@ -29,6 +29,7 @@ import fastai, jinja2, torch, torchvision
 from fastai.learner import Learner
 from fastai.torch_core import get_model, no_random
 from fastcore.basics import first, listify, patch
+from fastprogress.fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from pandas import DataFrame
@@ -82,9 +83,10 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { min-width: 5rem; padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top;
          border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 .long { min-width: 15rem; max-width: 46rem; overflow-wrap: anywhere; }
+th { font-weight: 600; } tbody th { white-space: nowrap; } thead th { color: var(--quiet); font-weight: 400; }
 @media (max-width: 40rem) {
-  th, td { min-width: 3rem; padding-right: .5rem; } .long { min-width: 7.5rem; } }
-th { font-weight: 600; } thead th { color: var(--quiet); font-weight: 400; }
+  th, td { min-width: 4.6rem; padding-right: .5rem; } .long { min-width: 7.5rem; }
+  tbody th { white-space: normal; } }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border-radius: .5rem; background: var(--card);
       font-size: .85rem; user-select: all; }
 </style>
@@ -110,7 +112,7 @@ The others are not touched by that.</p>
 {% endif %}<tbody>
 {% for row in s.rows %}<tr>
 {%- for o in row %}
-{%- if loop.first %}<th scope="row">{{ o }}</th>
+{%- if loop.first %}<th scope="row">{{ (o|string|e)|replace('_', '_<wbr>'|safe) }}</th>
 {%- else %}<td{% if o|string|length > 30 %} class="long"{% endif %}>{{ o }}</td>{% endif %}
 {%- endfor -%}
 </tr>
@@ -148,14 +150,17 @@ def _figure(draw, alt, *args, **kwargs):
     return dict(src=f'data:image/png;base64,{src}', width=im.width//2, alt=alt)
 
 def _lines(title, levels={}, **ys):
-    "One line for each list, counted from 1, and a dashed one for each level; accuracies from 0 to 1"
+    "One line for each list, counted from 1, a dashed one for each level; accuracies from 0 to 1, health from 0"
     ax = plt.subplots(figsize=(3.1,2.1), layout='constrained')[1]
     for nm,y in ys.items(): ax.plot(range(1, len(y)+1), y, label=plain_text(nm), marker='.' if len(y)<10 else None)
     for nm,y in levels.items(): ax.axhline(y, color='0.45', ls='--', lw=1, label=plain_text(nm))
     if 'accuracy' in title: ax.set_ylim(0, 1)
+    elif title in HealthMonitor.names: ax.set_ylim(bottom=0)
+    if title in ('feature_std','queue_freshness'): ax.set_ylim(top=1.05)
     ax.set_title(plain_text(title), fontsize=10)
     ax.tick_params(labelsize=8)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if max(map(len, ys.values()), default=0)==1: ax.set_xticks([1])
     if len(ys)+len(levels)>1: ax.legend(fontsize=8)
 
 # %% ../nbs/35_report.ipynb #rp17few
@@ -259,17 +264,38 @@ def run_section(learn, seen):
     return dict(rows=rows, facts=facts, code=seen.command)
 
 # %% ../nbs/35_report.ipynb #rp26cur
-def _spoilt(history):
-    "A sentence if an accuracy fell while the loss went on falling"
+def fallen_accuracy(
+    history:DataFrame # One row for each epoch, with train_loss
+) -> list: # A sentence, or none
+    "What to say if an accuracy fell while the loss went on falling"
     for nm in history:
-        y,loss = history[nm].ffill(),history.iloc[:,0]
+        y,loss = history[nm].ffill(),history.train_loss
         if 'accuracy' not in nm or y.isna().all(): continue
         best = y.idxmax()
         if y.iloc[-1]<y[best]-0.02 and loss.iloc[-1]<loss[best]: return [
             f"{nm} fell from {y[best]:.3f} in epoch {best+1} to {y.iloc[-1]:.3f} while the loss went on falling: "
-            "the views make alike what your classes tell apart. Try milder colour first, "
-            "strong_tfms(size, jitter=(0.2,0.2,0.2,0.02), gray_p=0), then milder crops, scale=(0.5,1)."]
+            "the views make alike what your classes tell apart. Try milder colour first, in Python "
+            "strong_tfms(size, jitter=(0.2,0.2,0.2,0.02), gray_p=0), then milder crops, scale=(0.5,1), "
+            "in the shell --min-scale=0.5."]
     return []
+
+def no_better_than_pixels(
+    accuracy:float, # Of nearest neighbours in the features, 0 to 1
+    pixels:float # The same in raw pixels
+) -> list: # A sentence, or none
+    "What to say if the features are not worth more than the pixels"
+    if accuracy>pixels: return []
+    return [f"Nearest neighbours of the encoder ({accuracy:.3f}) are right no more often than those of raw pixels "
+            f"({pixels:.3f}): it is of no use yet. Train longer, or choose views that keep what tells your classes "
+            "apart. Small, grey, centred pictures favour raw pixels."]
+
+def _pixels_level(learn, seen):
+    "Accuracy of raw pixels with as many labels as `knn_accuracy` has, or by name how many they are"
+    (train,valid),at_hand = learn.dls.loaders[:2],getattr(learn.dls.train, 'images', None) is not None
+    if seen.dl.n==train.n: return {'raw pixels':_knn(seen, 'raw pixels')}
+    if not at_hand or train.n>10_000: return {f'raw pixels, {seen.dl.n:,} labels':_knn(seen, 'raw pixels')}
+    _labelled(seen)
+    return {'raw pixels':knn_accuracy(*pixel_features(train), *pixel_features(valid))}
 
 def curves_section(learn, seen):
     history = epoch_table(learn)
@@ -278,10 +304,10 @@ def curves_section(learn, seen):
     figures = [_figure(_lines, 'loss by epoch', 'loss by epoch', **losses)]
     for o in [o for o in history if not o.endswith('_loss') and o not in HealthMonitor.names]:
         pixels = o.endswith('knn_accuracy') and not seen.problem
-        levels = {'raw pixels':_knn(seen, 'raw pixels')} if pixels else {}
+        levels = _pixels_level(learn, seen) if pixels else {}
         figures.append(_figure(_lines, f'{o} by epoch', f'{o} by epoch', levels, **{o:history[o]}))
     figures.append(_figure(_lines, 'learning rate by step', 'learning rate by step', lr=learn.recorder.lrs))
-    return dict(figures=figures, warnings=_spoilt(history),
+    return dict(figures=figures, warnings=fallen_accuracy(history),
                 text="The loss is measured against a teacher that moves and sharpens: it need not fall for the encoder "
                      "to get better, and a low one is no proof.")
 
@@ -328,12 +354,15 @@ def accuracy_section(learn, seen):
     for nm in ('raw pixels','student','teacher'):
         x,valid_x = principal_components(*_features(seen, nm))
         rows.append((nm, f'{_knn(seen, nm):.3f}', f"{linear_accuracy(x, y, valid_x, valid_y)['top1']:.3f}"))
-    pixels,student = rows[0],rows[1]
-    return dict(head=('', 'nearest neighbours', 'linear'), rows=rows,
+    pixels,student,wrong,more = rows[0],rows[1],[],""
+    if seen.dl.n==learn.dls.train.n: wrong = no_better_than_pixels(_knn(seen, 'student'), _knn(seen, 'raw pixels'))
+    elif 'knn_accuracy' in epoch_table(learn):
+        more = f" The column knn_accuracy has the labels of all {learn.dls.train.n:,}, so that its values differ."
+    return dict(head=('', 'nearest neighbours', 'linear'), rows=rows, warnings=wrong,
                 text=f"Raw pixels alone reach {pixels[1]} with nearest neighbours and {pixels[2]} with a "
                      "linear classifier: features that do not beat them are of no use. "
                      f"Measured on {seen.valid.n:,} validation images, with the labels of {seen.dl.n:,} training "
-                     "images; pretraining saw none. The linear classifier has at most 128 principal components.",
+                     f"images; pretraining saw none.{more} The linear classifier has at most 128 principal components.",
                 facts=[('nearest-neighbour accuracy', student[1]), ('that of raw pixels', pixels[1])])
 
 def few_labels_section(learn, seen):
@@ -410,7 +439,7 @@ def duplicates_section(learn, seen):
         idxs = group['index'].tolist()[:5]
         shown += (idxs+[None]*5)[:5]
         labels.append(f'group {c+1}\n{len(group):,} images')
-        rows += [(f'group {c+1}', seen.names[i]) for i in idxs]
+        rows.append((f'group {c+1}', ', '.join(seen.names[i] for i in idxs)))
     if not rows: return dict(text=text)
     return dict(text=text, figures=[_grid(seen, shown, rows=labels)], head=('', 'names'), rows=rows)
 
@@ -447,10 +476,11 @@ def use_section(learn, seen):
     return dict(
         text="Frozen features and logistic regression as an ordinary fastai learner, in seconds: the best start with "
              "few labels. With many, go on from there: clf.unfreeze() and clf.fit_one_cycle(n). "
-             "labelled_dls: DataLoaders of labelled images of the same size, without Normalize, which the encoder "
-             "brings along.",
+             "labelled_dls: DataLoaders of labelled images of the same size (see above), without Normalize, which "
+             "the encoder brings along.",
         code=f"""{save}from ressl_fastai.all import *
-{before}learn = encoder_learner({str(file)!r}, labelled_dls{arch})
+{before}# labelled_dls = ImageDataLoaders.from_csv(folder, 'labels.csv', item_tfms=Resize(size, method='squish'))
+learn = encoder_learner({str(file)!r}, labelled_dls{arch})
 clf = learn.to_classifier(labelled_dls, metrics=accuracy)
 clf.validate()""")
 
@@ -485,6 +515,20 @@ def _made(title, section, learn, seen):
     except ValueError as e: return dict(title=title, missing=str(e))
     except Exception as e: return dict(title=title, failed=f'{type(e).__name__}: {e}')
 
+def _made_sections(learn, seen):
+    "All sections, with a bar once two seconds have shown that there is something to wait for"
+    made,bar,start = [],None,perf_counter()
+    for i,(title,section) in enumerate(report_sections):
+        if bar is None and hasattr(learn, 'progress') and perf_counter()-start>2:
+            bar = progress_bar(range(len(report_sections)), leave=False)
+            bar.update(0)
+        if bar is not None:
+            bar.comment = f'report: {title}'
+            bar.update(i)
+        made.append(_made(title, section, learn, seen))
+    if bar is not None: bar.update(len(report_sections))
+    return made
+
 @patch
 def report(self:Learner,
     file:str|Path='report.html', # Name in `learn.path`, or an absolute path; an older file is replaced
@@ -503,7 +547,7 @@ def report(self:Learner,
     if not file.parent.is_dir(): raise ValueError(f"file must be in a folder that exists, there is no {file.parent}")
     with no_random():
         seen = _look(self, n, command)
-        sections = [_made(*o, self, seen) for o in report_sections]
+        sections = _made_sections(self, seen)
     page = render(title=title or f'{model.encoder.arch}, pretrained on {self.dls.train.n:,} images',
                   subtitle=f"ressl_fastai {__version__}, {datetime.now():%Y-%m-%d %H:%M}",
                   alarms=[o for cb in self.cbs if isinstance(cb, Guard) for o in cb.alarms],

@@ -50,7 +50,7 @@ from .loaders import first_images, spread, subset
 from .models import ReSSLModel, create_encoder, get_arch, small_resnet
 from .prepare import prepare_images
 from .recipes import recipe as make_recipe, recipe_misfits
-from .report import versions
+from .report import fallen_accuracy, no_better_than_pixels, versions
 from .transfer import encoder_learner, read_encoder
 from .views import full_size, strong_tfms, weak_tfms
 
@@ -370,6 +370,7 @@ def _begin(learn, out, config, run):
     if text := _larger(config['size'], config['image_size'], full): _show(text)
     if num_distrib()<2 and not any(kept.glob('*.pth')):  # a run that is continued is known to be long
         if text := _before_long(learn, config['size'], config['epochs'], config['bs']): _show(text)
+    _show("effective_rank: in how many directions features differ; it may fall or rise, only near 1 is it a collapse")
     if run.labelled:
         run.pixels,run.random_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)
         _show(f"kNN accuracy of raw pixels: {run.pixels:.4f}; the column knn_accuracy is that of the encoder")
@@ -402,6 +403,8 @@ def _write_results(learn, run, config, report=True):
                                   'pretrained encoder':float(history.knn_accuracy.iloc[-1])}
         print(f"\nkNN accuracy on the {dls.valid.n} held-out images")
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
+        pretrained = config['knn_accuracy']['pretrained encoder']
+        for o in fallen_accuracy(history)+no_better_than_pixels(pretrained, run.pixels): print(o)
         _write_json(out/'config.json', config)
     if report:
         _show(f"\nreport:   {out/'report.html'}, which takes up to a minute")
@@ -498,6 +501,7 @@ def _scores(learn, random_learn, k, protocol, seed):
         _talk(f"{nm}: {dls.train.n+dls.valid.n:,} images")
         (train_x,train_y),(x,y) = f(dls.train),f(dls.valid)
         knn = knn_accuracy(*together([train_x, train_y, x, y], model_device(learn)), k=k)
+        _talk(f"{nm}: nearest neighbours {knn:.4f}; now the linear classifier")
         if nm=='raw pixels' and x.shape[1]>512: train_x,x = principal_components(train_x, x)
         linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
         res.append(dict(features=nm, knn=knn, linear_top1=linear['top1'], linear_top5=linear['top5']))

@@ -168,9 +168,9 @@ def load_encoder(self:Learner,
     file:str|Path # Name in `path/model_dir`, or a path, which goes first; '.pth' is added if missing
 ) -> Learner: # The learner
     "Load a saved encoder into any fastai vision learner: same stem, same normalisation, every tensor accounted for"
-    given = _encoder_file(file, Path())
-    is_path = len(Path(file).parts)>1 and given.exists()  # a name alone means the file that `save_encoder` wrote
-    file = given if is_path else _encoder_file(file, self.path/self.model_dir)
+    given,ours = _encoder_file(file, Path()),_encoder_file(file, self.path/self.model_dir)
+    is_name = len(Path(file).parts)==1 and ours.exists()  # a name alone means the file that `save_encoder` wrote
+    file = given if given.exists() and not is_name else ours
     state,net = read_encoder(file),get_model(self.model)
     _check_body(net, state, file)  # before anything is changed
     same_normalize(self.dls, state['normalize'], file)

@@ -387,9 +387,14 @@ def show_views(
     strong,x = listify(strong),x[:n].as_subclass(Tensor)
     rows = [x, weak(x), *(tfm(x) for tfm in strong)]
     titles = ['images', 'weak views, for the teacher', *['strong views, for the student']*len(strong)]
-    fig,axs = subplots(len(rows), len(x), imsize=imsize)
+    side,line = len(x)*imsize,0.25  # inches: of a row, and above it for its title
+    fig,axs = subplots(len(rows), len(x), figsize=(side,len(rows)*(imsize+line)))
     for row,title,row_axs in zip(rows, titles, axs.reshape(len(rows), -1)):
         for im,ax in zip(row.float().cpu().clamp(0, 1), row_axs):
             show_image(im if len(im) in (1,3) else im.mean(0, keepdim=True), ax=ax, cmap='gray')
+            ax.set(xticks=[], yticks=[])
+            ax.axis('on')
+            ax.spines[:].set(color='0.75', lw=0.8)  # where a white picture ends
         row_axs[0].set_title(title, loc='left', fontsize=9)
-    fig.tight_layout(pad=0.3)
+    top = line/(len(rows)*(imsize+line))
+    fig.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1-top, wspace=0.06, hspace=(line+0.05)/imsize)

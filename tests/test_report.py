@@ -2,6 +2,7 @@
 import base64, json, random, re, shutil, subprocess
 from html.parser import HTMLParser
 from io import BytesIO
+from itertools import count
 
 import jinja2, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import DataLoaders, ImageDataLoaders, Resize, TensorImage, TfmdDL
@@ -20,7 +21,7 @@ from ressl_fastai.loaders import item_name
 from ressl_fastai.models import Encoder
 from ressl_fastai.report import _few, render, template
 
-void = {'meta', 'link', 'img', 'br', 'hr', 'input'}
+void = {'meta', 'link', 'img', 'br', 'hr', 'input', 'wbr'}
 
 class Page(HTMLParser):
     "What a browser would see: tags with their attributes, the text by tag, and tags that were not closed"
@@ -110,7 +111,8 @@ def test_names_are_text_never_markup(labelled, unlabelled):
     page = Page(unlabelled[1])
     assert sum(evil_file in t for t in page.text('td'))>20 and 'ressl_pretrain <b>x</b>' in page.text('code')
     assert any(evil_class in t for t in Page(labelled[1]).text('td'))
-    args = dict(title=evil_class, sections=[dict(title='x', text=evil_class, rows=[(evil_file,)], code=evil_class)],
+    args = dict(title=evil_class, sections=[dict(title='x', text=evil_class, rows=[(evil_file,evil_file)],
+                                                   code=evil_class)],
                 alarms=[evil_class], facts=[(evil_class, 1)])
     assert not_self_contained(render(**args))==[]
 
@@ -126,7 +128,7 @@ def test_numbers_are_those_of_the_learner(labelled):
     assert float(row[1])==pytest.approx((clf.predict(unit(vx))==vy).mean(), abs=1e-3)
 
     now = [o for o in learn.cbs if isinstance(o, HealthMonitor)][0].history[-1]
-    for nm,v in now.items(): assert f'<th scope="row">{nm}</th><td>{v:.4g}</td>' in html
+    for nm,v in now.items(): assert f'<th scope="row">{nm}</th><td>{v:.4g}</td>' in html.replace('<wbr>', '')
     for o in ('105 for training, 45 for validation', '8 x 8 pixels, 3 channels', 'small_resnet',
               '64 embeddings of width 8'): assert o in html
 
@@ -332,15 +334,66 @@ def test_accuracies_stand_beside_raw_pixels_on_axes_from_0_to_1(labelled, monkey
     (_,ylim,levels), = [o for o in drawn if o[0]=='knn_accuracy by epoch']
     assert ylim==(0,1) and f"{levels['raw pixels']:.3f}"==pixels and f'Raw pixels alone reach {pixels}' in html
     assert all(o[1]!=(0,1) for o in drawn if 'accuracy' not in o[0])  # control
+    health = {o[0]:o[1] for o in drawn if o[0] in HealthMonitor.names}  # a small change looks small
+    assert set(health)==set(HealthMonitor.names) and {o[0] for o in health.values()}=={0}
+    assert health['feature_std'][1]==health['queue_freshness'][1]==1.05
+
+def test_the_line_of_raw_pixels_has_the_labels_of_the_curve(labelled):
+    learn = labelled[0]
+    assert set(report._pixels_level(learn, report._look(learn, 200)))=={'raw pixels'}
+    assert set(report._pixels_level(learn, report._look(learn, 30)))=={'raw pixels, 30 labels'}  # images would be read
+    text = report.accuracy_section(learn, report._look(learn, 30))
+    assert 'has the labels of all 105' in text['text'] and text['warnings']==[]
+    cached = ressl_learner(digits_dls(8), NoBN(), queue_size=64, n_hidden=16, dim=8, path=learn.path)
+    some,whole = (report._look(cached, n) for n in (30,2000))
+    assert report._pixels_level(cached, some)=={'raw pixels':report._knn(whole, 'raw pixels')}
+    assert report._knn(some, 'raw pixels')!=report._knn(whole, 'raw pixels')  # control
 
 def test_an_accuracy_that_falls_with_the_loss_is_said():
     def said(knn, loss=(3.,2.,1.)):
-        return report._spoilt(pd.DataFrame(dict(train_loss=loss, valid_loss=1., knn_accuracy=knn)))
+        return report.fallen_accuracy(pd.DataFrame(dict(train_loss=loss, valid_loss=1., knn_accuracy=knn)))
     text, = said([0.5,0.7,0.6])
     assert 'fell from 0.700 in epoch 2 to 0.600' in text and 'milder colour' in text
     assert said([0.5,0.6,0.7])==said([0.5,0.7,0.69])==said([float('nan')]*3)==said([0.5,0.7,0.6], (3.,1.,2.))==[]
 
+def test_a_path_of_ones_own_is_made(tmp_path):
+    learn = ressl_learner(digits_dls(8), NoBN(), queue_size=64, n_hidden=16, dim=8, path=tmp_path/'a'/'results')
+    assert learn.report(n=20)==tmp_path/'a'/'results'/'report.html' and learn.path.is_dir()
+    learn.export('learner.pkl')
+
+def test_features_that_pixels_beat_are_named():
+    assert report.no_better_than_pixels(0.6, 0.5)==[]
+    for accuracy in (0.5,0.4):
+        text, = report.no_better_than_pixels(accuracy, 0.5)
+        assert f'({accuracy:.3f})' in text and '(0.500)' in text and 'Train longer' in text
+
+def test_a_report_that_takes_long_has_a_bar_and_others_have_none(labelled, monkeypatch):
+    class Bar:
+        def __init__(self, total, leave): self.at,self.total = [],len(total)
+        def update(self, n): self.at.append((n, getattr(self, 'comment', '')))
+    def bars(seconds):
+        clock,made = count(0, seconds),[]
+        def progress_bar(*args, **kwargs):
+            made.append(Bar(*args, **kwargs))
+            return made[-1]
+        monkeypatch.setattr(report, 'report_sections', few)
+        monkeypatch.setattr(report, 'perf_counter', lambda: next(clock))
+        monkeypatch.setattr(report, 'progress_bar', progress_bar)
+        labelled[0].report(n=20)
+        return made
+    bar, = bars(3)
+    assert bar.at==[(0,''), *((i, f'report: {o[0]}') for i,o in enumerate(few)), (len(few), f'report: {few[-1][0]}')]
+    assert bars(0.01)==[]
+    with labelled[0].no_bar(): assert bars(3)==[]
+
+def test_duplicates_are_a_row_for_each_group(labelled, monkeypatch):
+    found = pd.DataFrame({'group':[0]*7+[1]*2, 'index':range(9)})
+    monkeypatch.setattr(Learner, 'find_duplicates', lambda self, **kwargs: found)
+    seen = report._look(labelled[0], 20)
+    rows = report.duplicates_section(labelled[0], seen)['rows']
+    assert rows==[('group 1', ', '.join(seen.names[:5])), ('group 2', ', '.join(seen.names[7:9]))]
+
 def test_the_words_say_what_is_good(labelled):
-    health = sections(labelled[1])['Health']
+    health = sections(labelled[1])['Health'].replace('<wbr>', '')
     assert set(re.findall(r'<th scope="row">(\w+)</th>', health))==set(HealthMonitor.names)
     assert 'only near 1 is it collapse' in health

@@ -69,7 +69,8 @@ def test_a_run_from_its_first_word_to_its_last(folder):
     lines = [o for o in seen(text) if o]
     assert lines[0]=='looking for images in ims'                        # where 'loading' stood
     wanted = ['looking for images in ims', 'of 61 images looked at, 1 have transparency',
-              'decoding 61 images to 8 x 8 pixels', '55 images for training, 6 held out', 'kNN accuracy of raw pixels:',
+              'decoding 61 images to 8 x 8 pixels', '55 images for training, 6 held out',
+              'effective_rank: ', 'kNN accuracy of raw pixels:',
               'epoch ', '0 ', '1 ', 'pictures:', 'encoder:', 'repeat:', 'embedding 61 images with a random encoder',
               'kNN accuracy on the 6', '  raw pixels', '  random encoder', '  pretrained encoder']
     said = iter(lines)

@@ -205,6 +205,9 @@ def test_a_path_to_an_encoder_file_is_taken_as_it_is_given(tmp_path, monkeypatch
     assert not same()
     learn.load_encoder('encoder')
     assert same()
+    learn.save_encoder(tmp_path/'beside')
+    other.load_encoder('beside')                           # a name that `models` does not have
+    with pytest.raises(FileNotFoundError): other.load_encoder('nowhere')
     (tmp_path/'models'/'runs').mkdir()
     learn.save_encoder('runs/encoder')
     assert (tmp_path/'models'/'runs'/'encoder.pth').exists() and not (tmp_path/'runs').exists()
