@@ -1,6 +1,6 @@
 """How good an encoder is after so many minutes: ours with its defaults, other packages as they document themselves.
 
-Claim: the defaults reach the best peer's quality of 8 minutes in 3, with the same encoder and the same pictures.
+Asked: do the defaults reach the best peer's quality of 8 minutes in 3, with the same encoder and the same pictures?
 n: the sets and seeds that the receipts hold. Machine: that of each receipt.
 
     cd benchmarks; python -W ignore levers.py --prepare /tmp/levers                # pictures, once; see there
@@ -29,9 +29,9 @@ import torch
 from fastai.data.block import DataBlock
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
+from fastai.torch_core import set_seed
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import ImageBlock
-from fastai.vision.all import set_seed
 from fastcore.script import call_parse
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import (BYOLPredictionHead, BYOLProjectionHead, MoCoProjectionHead, SimCLRProjectionHead)

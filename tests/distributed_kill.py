@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 --max-restarts 1 distributed_kill.py FOLDER"""
 
-import os, signal, sys, time
+import os, signal, sys
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import fit_one_cycle
 from fastai.torch_core import default_device, rank_distrib, set_seed
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.data import digits_dls
@@ -31,10 +32,10 @@ def train(folder):
     dls = digits_dls(8, bs=128)
     small = dict(queue_size=512, n_hidden=16, dim=8, metrics=[], precision='float32', channels_last=False)
     learn = ressl_learner(dls, partial(small_resnet, widen=0.125), path=folder, **small)
-    with learn.no_bar(), learn.distrib_ctx(): learn.fit_one_cycle(2, 1e-3, cbs=[Checkpoint('run', every=2), Kill()])
+    with learn.no_bar(), learn.distrib_ctx():
+        # a store with the addresses of an earlier attempt would have counted its processes, too
+        assert _get_default_store().add('processes of this attempt', 1)<=2
+        learn.fit_one_cycle(2, 1e-3, cbs=[Checkpoint('run', every=2), Kill()])
     if rank_distrib()==0: torch.save(learn.model.state_dict(), folder/'weights.pth')
 
-if __name__=='__main__':
-    # late, so that the other process would take the address that this one had in the first attempt for today's
-    if os.environ['TORCHELASTIC_RESTART_COUNT']=='1' and rank_distrib()==0: time.sleep(3)
-    train(Path(sys.argv[1]))
+if __name__=='__main__': train(Path(sys.argv[1]))
