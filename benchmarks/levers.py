@@ -11,7 +11,8 @@ levers that paid, and those that the papers speak of, are run with two more seed
 emoji: pretrained on the pictures of two vendors, without labels; kNN and logistic regression on ten labels per class
 (mean of three draws) learn from Google's and are tested on Twitter's; `same` is how often the nearest of Google's
 pictures shows the same thing. tiles: squares of 37 photographs, see hand_over.py; the class is the photograph.
-fashion: 10,000 and 10,000 pictures of Fashion-MNIST; kept aside for what has won."""
+fashion: 10,000 and 10,000 pictures of Fashion-MNIST; others: as emoji, with Apple's pictures in place of Google's and
+Facebook's of Twitter's. Both are kept aside for what has won."""
 
 import argparse, json, os, platform, time, traceback
 from functools import partial
@@ -23,19 +24,25 @@ import torch.nn.functional as F
 
 size,lr,n_images = 32,2e-3,64_000
 
-def prepare(folder):
-    "Pictures and labels of each set: pretraining, bank and test"
-    from common import emoji, fashion_mnist
-    from hand_over import arrays
-    folder.mkdir(parents=True, exist_ok=True)
-    (gx,gy,gu),(tx,ty,tu) = emoji('google'),emoji('twitter')
+def two_vendors(bank, test):
+    "Pictures of both to pretrain on; bank, test, and which of them show the same thing"
+    from common import emoji
+    (gx,gy,gu),(tx,ty,tu) = emoji(bank),emoji(test)
     x,few = np.concatenate([gx,tx]),'Component'  # five pictures
     gx,gu,gy,tx,tu,ty = gx[gy!=few],gu[gy!=few],gy[gy!=few],tx[ty!=few],tu[ty!=few],ty[ty!=few]
     names = sorted(set(gy))
     where = {u:i for i,u in enumerate(gu)}
     pairs = np.array([(i, where[u]) for i,u in enumerate(tu) if u in where])
     def numbers(y): return np.array([names.index(o) for o in y])
-    np.savez_compressed(folder/'emoji.npz', x=x, bx=gx, by=numbers(gy), tx=tx, ty=numbers(ty), pairs=pairs)
+    return dict(x=x, bx=gx, by=numbers(gy), tx=tx, ty=numbers(ty), pairs=pairs)
+
+def prepare(folder):
+    "Pictures and labels of each set: pretraining, bank and test"
+    from common import fashion_mnist
+    from hand_over import arrays
+    folder.mkdir(parents=True, exist_ok=True)
+    for name,vendors in (('emoji',('google','twitter')), ('others',('apple','facebook'))):
+        np.savez_compressed(folder/f'{name}.npz', **two_vendors(*vendors))
     _,bx,by,tx,ty = arrays('tiles')
     np.savez_compressed(folder/'tiles.npz', bx=bx, by=by, tx=tx, ty=ty)
     bx,by,tx,ty = fashion_mnist(size=size)

@@ -6,6 +6,7 @@ n: the sets and seeds that the receipts hold. Machine: that of each receipt.
     cd benchmarks; python -W ignore levers.py --prepare /tmp/levers                # pictures, once; see there
     cd benchmarks; python -W ignore minutes.py --sets emoji,tiles --seeds 0,1,2    # hours; one line a case
     cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.1,0.2    # tries it
+    cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.2 --only ours    # memory of one case
 
 One JSON line per set, case and seed in results/minutes.jsonl, cases that are there already are left out. Minutes are of
 processor time of one thread, with data, views and everything but evaluation, so that what else runs on the machine
@@ -20,7 +21,7 @@ other vendor shows the same thing.
 - `self_supervised MOCO`: its callback and kornia's views in a fastai `Learner`, one cycle over each number of minutes
 - `random encoder`, `pixels`: nothing is trained"""
 
-import json, time
+import json, resource, time
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -171,6 +172,10 @@ def pixels(x, minutes): yield 0,nn.Flatten(),0
 
 cases |= {'random encoder':untrained, 'pixels':pixels}
 
+def peak_memory():
+    "Megabytes that this process has held at most"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+
 def there(**what):
     "Whether a receipt has all of that already"
     file = root/'benchmarks'/'results'/'minutes.jsonl'
@@ -194,8 +199,9 @@ def main(
             for case in only.split(';') if only else cases:
                 if there(data=name, case=case, seed=seed, minutes=wanted): continue
                 set_seed(seed, reproducible=True)
-                found = []
+                found,before,memory = [],peak_memory(),None
                 for m,net,n in cases[case](x, wanted):
+                    memory = memory or round(peak_memory()-before)  # of a process that has run no other case
                     found.append(dict(minutes=m, pictures=n, **quality(net.eval(), arrays, stats, torch.device('cpu'))))
                 receipt('minutes', seed, data=name, case=case, minutes=wanted, size=size, arch='small_resnet',
-                        n_pictures=len(x), found=found)
+                        n_pictures=len(x), memory_mb=memory, found=found)
