@@ -88,6 +88,7 @@ class Checkpoint(Callback):
         file,state = self.ranks.from_rank0(self._open)
         if not state: drop_lone_headers(self.learn)
         self.settings,self.kept_data,self.csv = fit_settings(self.learn),fit_data(self.learn),csv_starts(self.learn)
+        self.columns = list(self.recorder.metric_names)
         if state: self._continue(file, state)
 
     @property
@@ -102,11 +103,24 @@ class Checkpoint(Callback):
     def _say(self, text):
         if self.ranks.rank==0: print(text)
 
+    def _in_columns(self, row, state, leave_out=(), missing=''):
+        "A row of the kept fit in this fit's columns, which other callbacks may have made others"
+        names,columns = self.columns,state.get('columns', self.columns)
+        if columns==names: return row
+        have = dict(zip([o for o in columns if o not in leave_out], row))
+        return L(have.get(o, missing) for o in names if o not in leave_out)
+
+    def _align_history(self, state):
+        "Columns are this fit's; the recorder's rows have neither epoch nor time"
+        self.recorder.metric_names,values = L(self.columns),self.recorder.values
+        values[:] = [self._in_columns(o, state, ('epoch','time'), math.nan) for o in values]
+
     def _continue(self, file, state):
         wrong = differences(state['settings'], self.settings)
         if 'data' in state: wrong += other_data(self.learn.dls, state['data'], self.kept_data)
+        rows = [self._in_columns(o, state) for o in state['rows']]
         if wrong:
-            restore_csvs(self.learn, state['rows'])
+            restore_csvs(self.learn, rows)
             raise ValueError(f"{file} is from a fit with other settings: {'; '.join(wrong)}. "
                              "Use these again, or another folder for another fit")
         said = None
@@ -114,7 +128,8 @@ class Checkpoint(Callback):
             said = continue_data(self.learn.dls, state['data'], self.kept_data)
             self.kept_data = state['data']
         set_training_state(self.learn, state['training'])
-        self.state,self.files,self.rows = state,[file],state['rows']
+        self._align_history(state)
+        self.state,self.files,self.rows = state,[file],rows
         self.csv = continue_csvs(self.learn, state.get('csv', []))
         for row in self.rows: self.learn.logger(row)
         if state['epoch']==self.n_epoch:
@@ -137,6 +152,7 @@ class Checkpoint(Callback):
             self.start = get_all_random(self.learn)
             return self._save(self.epoch, 0)
         set_memory(self.learn, state['training'])
+        self._align_history(state)
         self.start,self.to_skip,self.random = state['start'],state['batch'],state['random']
         set_all_random(self.learn, self.start)
         if self.to_skip: self._pause()
@@ -182,7 +198,8 @@ class Checkpoint(Callback):
 
     def _write(self, epoch, batch, random):
         file = self.where/f'epoch_{epoch:04}_batch_{batch:06}.pth'
-        fit = dict(settings=self.settings, data=self.kept_data, rows=self.rows, csv=self.csv, start=self.start)
+        fit = dict(settings=self.settings, data=self.kept_data, rows=self.rows, csv=self.csv, start=self.start,
+                   columns=self.columns)
         now = dict(training=get_training_state(self.learn), random=random)
         write_checkpoint(file, dict(epoch=epoch, batch=batch, **fit, **now))
         self.files = [*(o for o in self.files if o!=file), file][-2:]

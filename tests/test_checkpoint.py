@@ -15,6 +15,7 @@ from ressl_fastai.callback import InfoNCEWarmup
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.checkpoint_file import last_checkpoint, read_checkpoint, write_checkpoint
 from ressl_fastai.files import hold
+from ressl_fastai.health import HealthMonitor
 from ressl_fastai.models import small_resnet
 from ressl_fastai.views import weak_tfms
 
@@ -206,6 +207,29 @@ def test_the_table_and_the_csv_are_whole(tmp_path, capsys):
     again,csv_again = table(make(1), [Checkpoint('run')])
     assert again==rows
     pd.testing.assert_frame_equal(csv, csv_again, check_exact=True)
+
+@pytest.mark.parametrize('n_crash', [None, 9])
+def test_rows_stay_under_their_columns(tmp_path, n_crash, capsys):
+    "What was shown with another callback's column: `effective_rank`, then without it, then with it again"
+    def fitted(seed, cbs):
+        learn = make(seed)
+        with learn.no_bar():
+            try: learn.fit(4, cbs=[Checkpoint(tmp_path/'run'), *cbs])
+            except KeyboardInterrupt: pass
+        lines = [l[1:-1].split(', ') for l in capsys.readouterr().out.splitlines() if l.startswith('[')]
+        return learn.recorder,[dict(zip(learn.recorder.metric_names, o)) for o in lines]
+    crash = [Crash(n_crash)] if n_crash else []
+    rec,shown = fitted(0, [HealthMonitor('effective_rank'), *crash])
+    kept = len(rec.values)
+    again,less = fitted(1, [])
+    assert 'effective_rank' in shown[0] and 'effective_rank' not in again.metric_names
+    assert [{k:v for k,v in o.items() if k!='effective_rank'} for o in shown]==less[:len(shown)]
+    names = rec.metric_names[1:-1]
+    for a,b in zip(rec.values[:kept], again.values):
+        assert {k:v for k,v in zip(names, a) if k!='effective_rank'}==dict(zip(again.metric_names[1:-1], b))
+    third,more = fitted(2, [HealthMonitor('effective_rank')])
+    assert len(more)==4 and [o['valid_loss'] for o in more]==[o['valid_loss'] for o in less]
+    assert len(third.values)==4 and all(len(o)==len(names) for o in third.values)
 
 def test_a_finished_fit_is_brought_back_and_not_trained(tmp_path, capsys):
     a = everything(fit(make(), n=2, cbs=Checkpoint(tmp_path/'run')))
