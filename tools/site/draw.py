@@ -67,24 +67,24 @@ def method(learn, images, kinds, file, n_queue=12):
     (weak,strong),p = relations(learn, images, i)
     shown = torch.cat([p[0].topk(n_queue-5).indices, torch.linspace(40, 560, 5).long()])
     fig = plt.figure(figsize=(8,3.1), dpi=110)
-    def picture(x, box, title):
+    def picture(x, box, title, **kwargs):
         ax = fig.add_axes(box)
         ax.imshow(x.permute(1,2,0).clamp(0,1))
         ax.axis('off')
-        ax.set_title(title, fontsize=9, color=grey)
+        ax.set_title(title, fontsize=11, color=grey, **kwargs)
     picture(images[i], (0.0,0.33,0.13,0.34), 'an image')
     picture(weak, (0.19,0.60,0.12,0.31), 'weak view, to the teacher')
-    picture(strong, (0.19,0.08,0.12,0.31), 'strong view, to the student')
+    picture(strong, (0.19,0.12,0.12,0.31), 'strong view, to the student', y=-0.3)
     arrow = dict(arrowstyle='->', color=grey, lw=1.5)
-    for start,end in (((0.135,0.55),(0.185,0.75)), ((0.135,0.45),(0.185,0.23))):
+    for start,end in (((0.135,0.55),(0.185,0.75)), ((0.135,0.45),(0.185,0.27))):
         fig.add_artist(plt.matplotlib.patches.FancyArrowPatch(start, end, **arrow, mutation_scale=12))
-    for k,(y,colour) in enumerate(((0.60,blue),(0.08,orange))):
+    for k,(y,colour) in enumerate(((0.60,blue),(0.12,orange))):
         ax = fig.add_axes((0.42,y,0.57,0.31))
         ax.bar(range(n_queue), p[k][shown], color=colour, width=0.7)
         ax.set(xlim=(-0.6,n_queue-0.4), xticks=[], ylim=(0,float(max(p[k][shown]))*1.15), yticks=[])
         ax.spines[['top','right','left']].set_visible(False)
         name = ("teacher's relation: the target","student's relation: learns to equal it")[k]
-        ax.set_title(name, fontsize=9, color=colour, loc='left')
+        ax.set_title(name, fontsize=11, color=colour, loc='left', y=(1.,-0.26)[k])
         end = y+0.155
         fig.add_artist(plt.matplotlib.patches.FancyArrowPatch((0.325,end), (0.41,end), **arrow, mutation_scale=12))
     step = 0.57/n_queue
@@ -92,7 +92,7 @@ def method(learn, images, kinds, file, n_queue=12):
         ax = fig.add_axes((0.42+step*(k+0.1),0.455,step*0.8,0.12))
         ax.imshow(images[j].permute(1,2,0))
         ax.axis('off')
-    fig.text(0.408, 0.515, 'some images\nof the queue', fontsize=8, color=grey, ha='right', va='center')
+    fig.text(0.408, 0.515, 'some images\nof the queue', fontsize=10, color=grey, ha='right', va='center')
     fig.savefig(file)
     plt.close(fig)
 
