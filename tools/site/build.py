@@ -55,9 +55,9 @@ def shown(options, source):
 
 
 def as_table(rows):
-    "Lines that fastai prints without a bar, `[epoch, losses, metrics, time]`, as a table"
+    "Lines that fastai prints without a bar, `[epoch, losses, metrics, time]`, as a table; metrics here are accuracies"
     rows = [ast.literal_eval(o) for o in rows]
-    names = ['epoch','train_loss','valid_loss',*['metric']*(len(rows[0])-4),'time']
+    names = ['epoch','train_loss','valid_loss',*['accuracy']*(len(rows[0])-4),'time']
     def text(o): return f'{o:.3f}' if isinstance(o, float) else o
     def cells(tag, row): return ''.join(f'<{tag}>{text(o)}</{tag}>' for o in row)
     body = ''.join(f"<tr>{cells('td', o)}</tr>" for o in rows)
