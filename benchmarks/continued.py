@@ -18,7 +18,8 @@ question is that of somebody who has the file.
 - `continued`: `learn.load_encoder(file)`, then as from scratch
 - `lr / 4`, `lr / 16`: the same with lower learning rates
 - `relations alone`: the same with `warmup=None`
-- `half frozen`: two of the body's four stages keep their weights, but for batch norms' (`splitter`, `learn.freeze_to(1)`)
+- `half frozen`: two of the body's four stages keep their weights, but for those of batch norms (`splitter`,
+  `learn.freeze_to(1)`)
 - `frozen, then all`: the projector alone for a fifth of the time (`learn.freeze()`), then everything"""
 
 import os, time
