@@ -65,8 +65,8 @@ def resized(im, size):
 
 
 def emoji(vendor, size=32, folder=Path(os.environ.get('EMOJI', '/tmp/emoji'))):
-    """The pictures of one vendor ('twitter' or 'google') on white, (n, size, size, 3) uint8, their categories and
-    names; npm's emoji-datasource-VENDOR:
+    """The pictures of one vendor (twitter, google, apple or facebook) on white, (n, size, size, 3) uint8, their
+    categories and names; npm's emoji-datasource-VENDOR:
 
     npm install --prefix /tmp/emoji emoji-datasource-twitter emoji-datasource-google"""
     pkg = folder/'node_modules'/f'emoji-datasource-{vendor}'

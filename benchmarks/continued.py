@@ -33,16 +33,16 @@ from torch.optim.swa_utils import update_bn
 
 from common import receipt
 from hand_over import train
-from levers import load, quality
+from levers import imagenet, load, quality
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 
 size = 32
 others = dict(tiles='emoji', emoji='tiles')
-stats = [torch.tensor(o)[:,None,None] for o in ((0.485,0.456,0.406), (0.229,0.224,0.225))]
 
 def learner(x, **kwargs):
+    "With all defaults, at the seed that is set"
     return ressl_learner(tensor_dls(x, valid_pct=0), small_resnet, stem='small_pool', metrics=[], **kwargs)
 
 def halves(model):
@@ -53,7 +53,7 @@ def halves(model):
 
 def new_statistics(net, x):
     "`net` with the batch statistics of `x`"
-    mean,std = stats
+    mean,std = imagenet
     update_bn([(o.permute(0,3,1,2).float()/255-mean)/std for o in x.split(256)], net)
     return net
 
@@ -106,7 +106,7 @@ def main(
     for seed in map(int, seeds.split(',')):
         for name in sets.split(','):
             arrays = load(Path(data), name)
-            def judged(net): return quality(net.eval(), arrays, stats, torch.device('cpu'))
+            def judged(net): return quality(net.eval(), arrays, imagenet, torch.device('cpu'))
             file = source(folder, others[name], seed, first, load(Path(data), others[name])['x'].contiguous())
             set_seed(seed, reproducible=True)
             net = learner(arrays['x']).load_encoder(file).model.encoder

@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 size,lr,n_images = 32,2e-3,64_000
+imagenet = [torch.tensor(o)[:,None,None] for o in ((0.485,0.456,0.406), (0.229,0.224,0.225))]  # mean, deviation
 
 def two_vendors(bank, test):
     "Pictures of both to pretrain on; bank, test, and which of them show the same thing"

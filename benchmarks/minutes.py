@@ -6,7 +6,7 @@ n: the sets and seeds that the receipts hold. Machine: that of each receipt.
     cd benchmarks; python -W ignore levers.py --prepare /tmp/levers                # pictures, once; see there
     cd benchmarks; python -W ignore minutes.py --sets emoji,tiles --seeds 0,1,2    # hours; one line a case
     cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.1,0.2    # tries it
-    cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.2 --only ours    # memory of one case
+    cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.2 --only ours    # its memory, too
 
 One JSON line per set, case and seed in results/minutes.jsonl, cases that are there already are left out. Minutes are of
 processor time of one thread, with data, views and everything but evaluation, so that what else runs on the machine
@@ -44,14 +44,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from common import receipt, root
-from hand_over import CPUBudget
-from levers import load, quality
-from ressl_fastai.data import tensor_dls
-from ressl_fastai.learner import ressl_learner
+from continued import learner
+from hand_over import train
+from levers import imagenet, load, quality
 from ressl_fastai.models import create_encoder, small_resnet
 
 size,nf = 32,256  # features of small_resnet
-stats = [torch.tensor(o)[:,None,None] for o in imagenet_stats]
 
 def encoder(): return create_encoder(small_resnet, 3, False, 'small_pool', (size,size))
 
@@ -61,14 +59,12 @@ def ours(x, minutes):
     "(minutes, encoder, pictures seen) for each number of minutes, each a training of its own"
     for m in minutes:
         start = time.process_time()
-        learn = ressl_learner(tensor_dls(x, valid_pct=0), small_resnet, stem='small_pool', metrics=[])
+        learn = learner(x)
         yield m,learn.model.encoder,fit(learn, m, start, learn.lr)
 
 def fit(learn, minutes, start, lr):
     "One cycle until `minutes` after `start` of processor time; how many pictures went through"
-    seconds = 60*minutes-(time.process_time()-start)
-    with learn.no_bar(), learn.no_logging(): learn.fit(10**6, lr, cbs=CPUBudget(seconds, lr))
-    return learn.train_iter*learn.dls.train.bs
+    return train(learn, 60*minutes-(time.process_time()-start), lr)*learn.dls.train.bs
 
 # self_supervised
 
@@ -184,7 +180,7 @@ def there(**what):
 
 @call_parse
 def main(
-    sets:str='emoji,tiles', # Of levers.py: emoji, tiles, fashion
+    sets:str='emoji,tiles', # Of levers.py: emoji, tiles, others, fashion
     seeds:str='0,1,2',
     minutes:str='1,3,8', # Of processor time
     only:str='', # Cases, all without it; separated by ;
@@ -192,6 +188,7 @@ def main(
 ):
     torch.set_num_threads(1)
     wanted = [float(o) for o in minutes.split(',')]
+    fresh = True  # a case keeps memory, so that only the first of a process tells its own
     for seed in map(int, seeds.split(',')):
         for name in sets.split(','):
             arrays = load(Path(data), name)
@@ -199,9 +196,9 @@ def main(
             for case in only.split(';') if only else cases:
                 if there(data=name, case=case, seed=seed, minutes=wanted): continue
                 set_seed(seed, reproducible=True)
-                found,before,memory = [],peak_memory(),None
+                device,found,memory,before = torch.device('cpu'),[],None,peak_memory()
                 for m,net,n in cases[case](x, wanted):
-                    memory = memory or round(peak_memory()-before)  # of a process that has run no other case
-                    found.append(dict(minutes=m, pictures=n, **quality(net.eval(), arrays, stats, torch.device('cpu'))))
+                    if fresh: memory,fresh = round(peak_memory()-before),False
+                    found.append(dict(minutes=m, pictures=n, **quality(net.eval(), arrays, imagenet, device)))
                 receipt('minutes', seed, data=name, case=case, minutes=wanted, size=size, arch='small_resnet',
                         n_pictures=len(x), memory_mb=memory, found=found)

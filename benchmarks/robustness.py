@@ -4,7 +4,7 @@ Asked: 2203.08717 says that predictor and warm-up make the method robust to such
 near the best, with and without them? n: the sets and seeds that the receipts hold. Machine: that of each receipt.
 
     cd benchmarks; python -W ignore levers.py --prepare /tmp/levers                # pictures, once; see there
-    cd benchmarks; python -W ignore robustness.py --seeds 0                        # two hours of one core a set
+    cd benchmarks; python -W ignore robustness.py --seeds 0                        # 50 minutes of one core a set
     cd benchmarks; python -W ignore robustness.py --sets tiles --seeds 0 --seconds 3    # tries it
 
 One JSON line per set, variant and seed in results/robustness.jsonl, with all of the grid. Seconds are of processor
@@ -23,9 +23,9 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 
 from common import receipt
-from continued import learner, stats
+from continued import learner
 from hand_over import train
-from levers import load, quality
+from levers import imagenet, load, quality
 from ressl_fastai.callback import InfoNCEWarmup
 
 grid = dict(lr=(5e-4,2e-3,8e-3), teacher_momentum=(0.9,0.99,0.999), teacher_temp=(0.02,0.04,0.07))
@@ -57,6 +57,6 @@ def main(
                 net = learn.model.encoder.eval()
                 good = all(o.isfinite().all() for o in net.state_dict().values())
                 found.append(dict(lr=lr, **rest, steps=steps,
-                                  **(quality(net, arrays, stats, torch.device('cpu')) if good else {})))
+                                  **(quality(net, arrays, imagenet, torch.device('cpu')) if good else {})))
             receipt('robustness', seed, data=name, variant=variant, seconds=seconds, size=32, arch='small_resnet',
                     n_pictures=len(x), found=found)

@@ -21,14 +21,13 @@ from torchvision.models import efficientnet_b0, mobilenet_v3_small, resnet18
 
 from common import receipt
 from hand_over import train
-from levers import load, quality
+from levers import imagenet, load, quality
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
 
 archs = dict(resnet18=resnet18, mobilenet_v3_small=mobilenet_v3_small, efficientnet_b0=efficientnet_b0,
              small_resnet=small_resnet)
-stats = [torch.tensor(o)[:,None,None] for o in ((0.485,0.456,0.406), (0.229,0.224,0.225))]
 
 @call_parse
 def main(
@@ -51,4 +50,4 @@ def main(
                 receipt('small_networks', seed, data=name, arch=arch, minutes=minutes, steps=steps, stem=net.stem,
                         precision=str(learn.precision.dtype), parameters=sum(o.numel() for o in net.parameters()),
                         features=net.nf, pictures=steps*learn.dls.train.bs,
-                        **quality(net.eval(), arrays, stats, torch.device('cpu')))
+                        **quality(net.eval(), arrays, imagenet, torch.device('cpu')))
