@@ -211,11 +211,18 @@ def test_the_table_and_the_csv_are_whole(tmp_path, capsys):
 @pytest.mark.parametrize('n_crash', [None, 9])
 def test_rows_stay_under_their_columns(tmp_path, n_crash, capsys):
     "What was shown with another callback's column: `effective_rank`, then without it, then with it again"
+    def valid_losses(learn):
+        at = list(learn.recorder.metric_names).index('valid_loss')-1  # its rows have no epoch
+        return pd.Series([o[at] for o in learn.recorder.values])
     def fitted(seed, cbs):
         learn = make(seed)
+        learn.path = tmp_path
         with learn.no_bar():
-            try: learn.fit(4, cbs=[Checkpoint(tmp_path/'run'), *cbs])
+            try: learn.fit(4, cbs=[CSVLogger('history.csv'), Checkpoint(tmp_path/'run'), *cbs])
             except KeyboardInterrupt: pass
+        table = pd.read_csv(tmp_path/'history.csv')
+        assert list(table)==list(learn.recorder.metric_names)
+        pd.testing.assert_series_equal(table.valid_loss, valid_losses(learn), check_names=False)
         lines = [l[1:-1].split(', ') for l in capsys.readouterr().out.splitlines() if l.startswith('[')]
         return learn.recorder,[dict(zip(learn.recorder.metric_names, o)) for o in lines]
     crash = [Crash(n_crash)] if n_crash else []

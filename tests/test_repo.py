@@ -266,6 +266,16 @@ def test_lines_are_those_a_person_reads():
 
     assert long_lines({'a': 'x'*121, 'b': 'x'*120}) == ['a: 1']
 
+def unnamed(scripts, text):
+    "Scripts that `text` does not name"
+    return [o for o in scripts if f'`{o}`' not in text]
+
+def test_every_benchmark_is_named():
+    scripts = sorted(p.name for p in (root/'benchmarks').glob('*.py') if p.name!='common.py')
+    assert unnamed(scripts, (root/'benchmarks'/'README.md').read_text(encoding='utf-8')) == []
+
+    assert unnamed(['a.py','b.py'], '`a.py`') == ['b.py']
+
 def test_no_module_takes_private_names_from_another():
     assert {m: found for m,source in sources.items() if (found := private_imports(source))} == {}
 
