@@ -17,16 +17,19 @@ other vendor shows the same thing.
 - `ours`: `ressl_learner(dls, small_resnet)`, its learning rate and batch, one cycle over each number of minutes
 - `lightly MoCo`, `lightly BYOL`, `lightly SimCLR`: the loops of lightly's examples for small images (256 pictures in a
   batch, SGD 0.06, momentum 0.99, no blur), one training, looked at after each number of minutes; `..., bf16` with
-  autocast and channels last given to them, as ours has them by itself
+  autocast and channels last given to them, as ours has them by itself; `..., schedule` with the optimizer of lightly's
+  CIFAR-10 benchmark too (128 pictures, SGD 0.06, momentum 0.9, weight decay 5e-4, cosine to zero), one training for
+  each number of minutes
 - `self_supervised MOCO`: its callback and kornia's views in a fastai `Learner`, one cycle over each number of minutes
 - `random encoder`, `pixels`: nothing is trained"""
 
 import json, resource, time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from fastai.callback.schedule import SchedCos
 from fastai.data.block import DataBlock
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
@@ -132,34 +135,63 @@ class SimCLR(nn.Module):
 def batches(dl):
     while True: yield from dl
 
+class Lightly:
+    "One of lightly's examples, on the pictures `x`; counts its minutes"
+    def __init__(self, x, method, bf16, bs=256, **kwargs):
+        self.start,self.evaluating,self.n = time.process_time(),0.,0
+        self.bf16,self.layout = bf16,torch.channels_last if bf16 else torch.contiguous_format
+        self.net = encoder()
+        self.model = method(self.net)
+        self.model.to(memory_format=self.layout)
+        self.batches = batches(DataLoader(Pictures(x, method.tfm()), bs, shuffle=True, drop_last=True))
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.opt = torch.optim.SGD(params, lr=0.06, **kwargs)
+
+    @property
+    def minutes(self): return (time.process_time()-self.start-self.evaluating)/60
+
+    def step(self):
+        views = [o.contiguous(memory_format=self.layout) for o in next(self.batches)[:2]]
+        with torch.autocast('cpu', torch.bfloat16) if self.bf16 else nullcontext(): outputs = self.model.outputs(*views)
+        self.model.loss([o.float() for o in outputs]).backward()
+        self.opt.step()
+        self.opt.zero_grad()
+        self.n += len(views[0])
+
+    @contextmanager
+    def pause(self):
+        "What is done here takes no minutes"
+        now = time.process_time()
+        yield
+        self.model.train()
+        self.evaluating += time.process_time()-now
+
 def lightly(method, bf16=False):
     "A training of one of lightly's examples, looked at after each number of minutes"
     def run(x, minutes):
-        start,evaluating,left,n = time.process_time(),0.,list(minutes),0
-        net = encoder()
-        model = method(net)
-        layout = torch.channels_last if bf16 else torch.contiguous_format
-        model.to(memory_format=layout)
-        dl = DataLoader(Pictures(x, method.tfm()), 256, shuffle=True, drop_last=True)
-        opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.06)
-        for views in batches(dl):
-            views = [o.contiguous(memory_format=layout) for o in views[:2]]
-            with torch.autocast('cpu', torch.bfloat16) if bf16 else nullcontext(): outputs = model.outputs(*views)
-            model.loss([o.float() for o in outputs]).backward()
-            opt.step()
-            opt.zero_grad()
-            n += len(views[0])
-            if time.process_time()-start-evaluating<60*left[0]: continue
-            now = time.process_time()
-            yield left.pop(0),net,n
-            model.train()
-            evaluating += time.process_time()-now
-            if not left: return
+        training = Lightly(x, method, bf16)
+        for m in minutes:
+            while training.minutes<m: training.step()
+            with training.pause(): yield m,training.net,training.n
+    return run
+
+def scheduled(method):
+    "One of lightly's examples with bf16 and the optimizer of its CIFAR-10 benchmark, a training for each of `minutes`"
+    lr = SchedCos(0.06, 0.)
+    def run(x, minutes):
+        for m in minutes:
+            training = Lightly(x, method, True, bs=128, momentum=0.9, weight_decay=5e-4)
+            while (share := training.minutes/m)<1:
+                training.opt.param_groups[0]['lr'] = lr(share)
+                training.step()
+            yield m,training.net,training.n
     return run
 
 methods = {'MoCo':MoCo, 'BYOL':BYOL, 'SimCLR':SimCLR}
 cases = {'ours':ours, **{f'lightly {k}':lightly(o) for k,o in methods.items()},
-         **{f'lightly {k}, bf16':lightly(o, True) for k,o in methods.items()}, 'self_supervised MOCO':self_supervised}
+         **{f'lightly {k}, bf16':lightly(o, True) for k,o in methods.items()},
+         **{f'lightly {k}, bf16, schedule':scheduled(o) for k,o in methods.items()},
+         'self_supervised MOCO':self_supervised}
 
 # what nothing was trained for
 
