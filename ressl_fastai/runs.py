@@ -48,6 +48,7 @@ from .label_efficiency import plot_labels, summarize_labels
 from .learner import duration, ressl_learner
 from .loaders import first_images, spread, subset
 from .models import ReSSLModel, create_encoder, get_arch, small_resnet
+from .precision import choose_precision, half_fault
 from .prepare import prepare_images
 from .recipes import recipe as make_recipe, recipe_misfits
 from .report import fallen_accuracy, no_better_than_pixels, versions
@@ -221,6 +222,14 @@ _baseline = 10_000,2_500  # images for training and held out, at most, by which 
 def _embedded(learn, dl):
     "Features, with a bar in a terminal"
     with nullcontext() if at_terminal() else learn.no_bar(): return learn.embed(dl)
+
+def _roughly_embedded(learn, dl):
+    "As `_embedded`, in half precision where that pays: for first weights, which matter far more than rounding"
+    net,device = learn.model.encoder,model_device(learn)
+    dtype,channels_last = choose_precision('auto', 'auto', device, net)
+    shape = net.n_in,*(net.view_size or first_images(learn.dls, 1)[0].shape[2:])
+    if dtype and device.type=='cpu' and half_fault(net, [shape], dtype, channels_last): dtype = None
+    with torch.autocast(device.type, dtype) if dtype else nullcontext(): return _embedded(learn, dl)
 
 def _knn(features, dls):
     "kNN accuracy of what needs no training"
@@ -398,7 +407,7 @@ def _write_results(learn, run, config, report=True):
     _show(f"repeat:   {config['command']}")
     if run.labelled:
         _talk(f"embedding {dls.train.n+dls.valid.n:,} images with a random encoder")
-        random = _knn(partial(_embedded, run.random_learn), dls)
+        random = _knn(partial(_roughly_embedded, run.random_learn), dls)
         config['knn_accuracy'] = {'raw pixels':run.pixels, 'random encoder':random,
                                   'pretrained encoder':float(history.knn_accuracy.iloc[-1])}
         print(f"\nkNN accuracy on the {dls.valid.n} held-out images")
@@ -471,6 +480,8 @@ def _at_their_size(file, dls, trained=True):
     "`encoder_learner` that sees the images of `dls` as large as they are"
     learn = encoder_learner(file, dls, trained=trained)
     learn.model.view_size = None
+    last = choose_precision('auto', 'auto', model_device(learn))[1]
+    if last: learn.model.to(memory_format=torch.channels_last)  # as in training
     return learn
 
 def _prepared(encoder, data, size, labels_per_class, protocol, how):
@@ -491,20 +502,23 @@ def _prepared(encoder, data, size, labels_per_class, protocol, how):
 
 def _scores(learn, random_learn, k, protocol, seed):
     "kNN and linear accuracy of the encoder and of what it must beat"
-    dls,res = learn.dls,[]
-    features = {'encoder':partial(_embedded, learn), 'random encoder':partial(_embedded, random_learn),
+    dls,res,took = learn.dls,[],{}
+    features = {'encoder':partial(_embedded, learn), 'random encoder':partial(_roughly_embedded, random_learn),
                 'raw pixels':pixel_features}
     for nm,f in features.items():
         if nm=='raw pixels' and dls.train.n>many:
             print(f"raw pixels: of {many:,} of the training images", flush=True)
             f = lambda dl: pixel_features(dl if dl is dls.valid else subset(dl, fixed_choice(many, dl.n)))
         _talk(f"{nm}: {dls.train.n+dls.valid.n:,} images")
+        start = perf_counter()
         (train_x,train_y),(x,y) = f(dls.train),f(dls.valid)
         knn = knn_accuracy(*together([train_x, train_y, x, y], model_device(learn)), k=k)
         _talk(f"{nm}: nearest neighbours {knn:.4f}; now the linear classifier")
         if nm=='raw pixels' and x.shape[1]>512: train_x,x = principal_components(train_x, x)
         linear = linear_accuracy(train_x, train_y, x, y, protocol=protocol, seed=seed)
         res.append(dict(features=nm, knn=knn, linear_top1=linear['top1'], linear_top5=linear['top5']))
+        took[nm] = perf_counter()-start
+    _talk('seconds: '+', '.join(f'{nm} {o:.0f}' for nm,o in took.items()))
     return DataFrame(res).set_index('features')
 
 # %% ../nbs/39_runs.ipynb #12ae0012

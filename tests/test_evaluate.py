@@ -11,8 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
+from threadpoolctl import threadpool_info, threadpool_limits
 from helpers import fit, make
 
+from ressl_fastai import evaluate
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy
 from ressl_fastai.label_efficiency import labelled_part
@@ -146,6 +148,25 @@ def test_logistic_takes_its_statistics_from_all_images_and_works_with_one_label_
     torch.testing.assert_close(torch.tensor(clf[0].mean_).float(), vx.mean(0), rtol=1e-5, atol=1e-5)
     assert sorted(clf.predict(x).tolist())==list(range(7)) and clf[-1].C==0.01
     with pytest.raises(ValueError, match='two classes'): fit_logistic(x, torch.zeros(7, dtype=torch.long))
+
+@pytest.mark.parametrize('n_features,threads', [(100,1), (130,2)])
+def test_logistic_takes_several_threads_only_for_much_work(monkeypatch, n_features, threads):
+    "Work is images times features times classes, here 210 x 100 x 7 and 210 x 130 x 7"
+    seen,usual = [],LogisticRegression.fit
+    def fit(self, *args):
+        seen.append(max(o['num_threads'] for o in threadpool_info() if o['user_api']=='blas'))
+        return usual(self, *args)
+    monkeypatch.setattr(evaluate, '_wide', 210*7*120)
+    monkeypatch.setattr(LogisticRegression, 'fit', fit)
+    x,y = torch.randn(210, n_features),torch.arange(210)%7
+    with threadpool_limits(2, 'blas'): fit_logistic(x, y, Cs=(0.01,0.1))
+    assert set(seen)=={threads} and len(seen)==5*2+1
+
+def test_logistic_takes_the_strongest_of_equal_penalties_and_the_middle_one_without_a_choice():
+    y = torch.arange(70)%7
+    x = 50*torch.eye(7)[y]+torch.randn(70, 7)
+    assert fit_logistic(x, y, Cs=(1.,0.1))[-1].C==0.1  # both are always right
+    assert fit_logistic(x[:7], y[:7], Cs=(10.,1e-3,1.))[-1].C==1.
 
 def numpy_sgd(x, y, w, b, lrs, orders, nesterov=True):
     "SGD with momentum as in Sutskever et al. in PyTorch's form, gradients by hand"
