@@ -9,8 +9,8 @@ n: the sets and seeds that the receipts hold. Machine: that of each receipt.
     cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.2 --only ours    # its memory, too
 
 One JSON line per set, case and seed in results/minutes.jsonl, cases that are there already are left out. Minutes are of
-processor time of one thread, with data, views and everything but evaluation, so that what else runs on the machine
-takes nothing from one case and gives nothing to another. Encoder: `small_resnet` with `stem='small_pool'`, 32 pixels.
+processor time of one thread, with data, views and everything but evaluation. What else runs on the machine takes less
+from a case than it would by the clock, but not nothing: caches and memory are shared, so leave it alone. Encoder: `small_resnet` with `stem='small_pool'`, 32 pixels.
 Sets and measures are those of levers.py: kNN, ten labels per class, and on emoji how often the nearest picture of the
 other vendor shows the same thing.
 
