@@ -10,9 +10,9 @@ n: the sets and seeds that the receipts hold. Machine: that of each receipt.
 
 One JSON line per set, case and seed in results/minutes.jsonl, cases that are there already are left out. Minutes are of
 processor time of one thread, with data, views and everything but evaluation. What else runs on the machine takes less
-from a case than it would by the clock, but not nothing: caches and memory are shared, so leave it alone. Encoder: `small_resnet` with `stem='small_pool'`, 32 pixels.
-Sets and measures are those of levers.py: kNN, ten labels per class, and on emoji how often the nearest picture of the
-other vendor shows the same thing.
+from a case than it would by the clock, but not nothing, as caches are shared: leave it alone. Encoder: `small_resnet`
+with `stem='small_pool'`, 32 pixels. Sets and measures are those of levers.py: kNN, ten labels per class, and on emoji
+how often the nearest picture of the other vendor shows the same thing.
 
 - `ours`: `ressl_learner(dls, small_resnet)`, its learning rate and batch, one cycle over each number of minutes
 - `lightly MoCo`, `lightly BYOL`, `lightly SimCLR`: the loops of lightly's examples for small images (256 pictures in a
