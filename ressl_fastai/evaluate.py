@@ -390,34 +390,56 @@ class LinearProbe(Callback):
 # %% ../nbs/15_evaluate.ipynb #ba1e8a02
 _wide = 1e9  # images times features times classes: less is a matter of one thread, others would wait for each other
 
-def _held_out(x, y, parts, Cs):
-    "Accuracy on the second of two `parts` for each penalty, from the strongest on, each fit from where the last ended"
-    (train,held),clf = parts,LogisticRegression(warm_start=True)
-    return [clf.set_params(C=C).fit(x[train], y[train]).score(x[held], y[held]) for C in Cs]
+def _stacked(sets, y, idxs=slice(None)):
+    "What a classifier is fitted to: features of the images at `idxs` in each of `sets`, classes, a weight of 1 in all"
+    x = np.concatenate([o[idxs] for o in sets])
+    return x,np.tile(y[idxs], len(sets)),np.full(len(x), 1/len(sets))
+
+def _held_out(sets, y, parts, Cs):
+    """Accuracy and log-likelihood on the second of two `parts` for each penalty (2, len(Cs)), from the strongest on;
+    each fit begins where the last one ended"""
+    (train,held),clf,found = parts,LogisticRegression(warm_start=True),[]
+    for C in Cs:
+        x = sets[0][held]
+        clf.set_params(C=C).fit(*_stacked(sets, y, train))
+        with np.errstate(divide='ignore'): logs = clf.predict_log_proba(x)
+        likelihood = logs[np.arange(len(held)),np.searchsorted(clf.classes_, y[held])].mean()
+        found.append((clf.score(x, y[held]), likelihood))
+    return np.transpose(found)
 
 def fit_logistic(
     x:Tensor, # (n, dim) features
     y:Tensor, # (n,) their classes, at least two
     Cs:tuple=(1e-4,1e-3,1e-2,0.1,1.,10.), # Inverse strengths of the penalty, > 0; the best in cross-validation is taken
     scale_x:Tensor=None, # (m, dim) features, labelled or not, for mean and standard deviation; default: `x`
-    seed:int=0 # For the choice of the images held out
+    seed:int=0, # For the choice of the images held out
+    views:list=() # Of the same images, augmented, each (n, dim) features; taken if held-out images are likelier with them
 ) -> BaseEstimator: # scikit-learn's pipeline, fitted: `predict`, `score` and `predict_proba` take arrays (m, dim)
     "Logistic regression on standardised features, its penalty chosen by cross-validation; at most 300 iterations"
     x,y = np.asarray(x, dtype=np.float32),np.asarray(y)
     scaler,counts = StandardScaler().fit(np.asarray(ifnone(scale_x, x))),np.unique(y, return_counts=True)[1]
     if len(counts)<2: raise ValueError(f"y must hold at least two classes, got {len(counts)}")
     x,least = scaler.transform(x),counts.min()
+    sets,augmented = [x],[x,*(scaler.transform(np.asarray(o, dtype=np.float32)) for o in views)]
     Cs = sorted(Cs)
     C = Cs[(len(Cs)-1)//2]
     if least==1 or len(Cs)==1: search = None  # nothing to hold out, or to choose
     elif len(y)<=2000: search = StratifiedKFold(min(5, least), shuffle=True, random_state=seed)
     else:  # each class in both
         search = StratifiedShuffleSplit(1, test_size=max(-(-len(y)//5), len(counts)), random_state=seed)
-    with threadpool_limits(1 if x.size*len(counts)<_wide else None), warnings.catch_warnings():
+    work = x.size*len(augmented)*len(counts)
+    with threadpool_limits(1 if work<_wide else None), warnings.catch_warnings():
         warnings.simplefilter('ignore', ConvergenceWarning)  # so weak a penalty is seldom the best
         warnings.filterwarnings('ignore', message='The number of unique classes')  # one label for each is no mistake
-        if search: C = Cs[np.mean([_held_out(x, y, parts, Cs) for parts in search.split(x, y)], axis=0).argmax()]
-        return make_pipeline(scaler, LogisticRegression(C=C, max_iter=300).fit(x, y))
+        if search:
+            folds = list(search.split(x, y))
+            def measured(sets): return np.mean([_held_out(sets, y, parts, Cs) for parts in folds], axis=0)
+            accuracy,likelihood = measured(sets)
+            if views:
+                *other,other_likelihood = measured(augmented)
+                if other_likelihood.max()>likelihood.max(): sets,(accuracy,) = augmented,other
+            C = Cs[accuracy.argmax()]
+        return make_pipeline(scaler, LogisticRegression(C=C, max_iter=300).fit(*_stacked(sets, y)))
 
 # %% ../nbs/15_evaluate.ipynb #ba1e8a06
 _lrs = dict(step=30., cosine=1.)

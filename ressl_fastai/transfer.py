@@ -7,7 +7,8 @@ teacher's encoder. A mismatch is refused in words, never loaded half.
 `to_classifier` is the best start with few labels: it computes the features of the labelled images once, fits logistic
 regression to them, and puts the solution into a linear layer behind the encoder: an ordinary fastai `Learner` that
 predicts, validates, exports and can be trained on. Its accuracy is that of frozen features and logistic regression,
-because it is the same computation.
+because it is the same computation. Where `dls` augments few images, their augmented views take part if held-out
+images gain by it.
 
 `to_vision_learner` and `to_unet_learner` are fastai's learners with the encoder in them, for all that needs training;
 `encoder_learner` starts from a file.
@@ -27,10 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.hook import model_sizes
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
-from fastai.torch_core import TensorCategory, get_model
+from fastai.torch_core import TensorCategory, get_model, no_random
 from fastai.vision.learner import add_head, default_split
 from fastai.vision.models.unet import DynamicUnet
 from fastcore.basics import patch
@@ -44,7 +45,7 @@ from .batch_norm import set_batch_norm
 from .evaluate import check_classes, embed, embedding_loss, fit_logistic
 from .files import read_torch, write_torch
 from .images import set_opener
-from .loaders import first_images, normalize_stats, same_normalize, set_size, size_of
+from .loaders import clean_dl, first_images, normalize_stats, same_normalize, set_size, size_of
 from .models import (Embedder, Encoder, ReSSLModel, body_splitter, body_stem, create_encoder, get_arch,
                                  set_stem)
 
@@ -262,6 +263,21 @@ def _full_batches(dls):
     if dl.n>=dl.bs: return dls
     return type(dls)(dl.new(bs=dl.n), *dls.loaders[1:], path=dls.path, device=dls.device)
 
+_most_views = 4500  # of all images together: with more labels they gain nothing, and take their time
+
+def _views(learn, x, n):
+    "`n` times features of the training images as `learn.dls` augments them; none where these are the `x` without it"
+    dl,found = learn.dls.train,[]
+    features = Learner(learn.dls, learn.model.encoder, loss_func=embedding_loss)
+    if not isinstance(dl, TfmdDL) or len(x)*(n+1)>_most_views: return found
+    tfms = {nm:getattr(dl, nm) for nm in ('after_item','before_batch','after_batch')}
+    for seed in range(n):
+        with no_random(seed), features.no_bar(), features.no_logging():
+            in_order = clean_dl(dl).new(dataset=dl.dataset, n=dl.n, **tfms)
+            found.append(features.get_preds(dl=in_order)[0].float())
+        if seed==0 and torch.allclose(found[0], x, rtol=1e-3, atol=1e-5): return []
+    return found
+
 # %% ../nbs/30_transfer.ipynb #10ae0011
 @patch
 @delegates(Learner.__init__, but=['model'])
@@ -269,9 +285,11 @@ def to_classifier(self:Learner,
     dls:DataLoaders, # Images with one category each, two or more; they get the normalisation of pretraining
     teacher:bool=False, # The teacher's encoder instead of the student's
     size:int|tuple=None, # Pixels that images are brought to; default: as `ressl_learner` was told
+    n_views:int=8, # Views of each image, as `dls` augments it, that may take part; see `fit_logistic`
     **kwargs
 ) -> Learner: # Ready to predict; all but the linear layer is frozen
     "The frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
+    if n_views<0: raise ValueError(f"n_views must be at least 0, got {n_views}")
     _check_categories(dls)
     same_normalize(dls, pretrained_encoder(self, teacher)[1], 'the encoder')
     dls = _full_batches(dls)
@@ -280,7 +298,8 @@ def to_classifier(self:Learner,
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear) if maps else nn.Sequential(linear)
     clf = _as_pretrained(self, dls, teacher, nn.Sequential(enc[0], head), body_splitter(enc[0], enc.arch), **kwargs)
     features = Learner(dls, Embedder(enc, nn.Identity(), nn.Identity()), loss_func=embedding_loss)
-    _set_linear(linear, fit_logistic(*embed(features, dls.train)))
+    x,y = embed(features, dls.train)
+    _set_linear(linear, fit_logistic(x, y, views=_views(features, x, n_views)))
     return clf
 
 # %% ../nbs/30_transfer.ipynb #c4a10003

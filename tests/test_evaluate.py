@@ -8,7 +8,7 @@ from fastai.vision.all import (Callback, DataBlock, EarlyStoppingCallback, Image
                                MultiCategoryBlock, Normalize, PILImageBW, RegressionBlock, SaveModelCallback,
                                aug_transforms)
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import log_loss, top_k_accuracy_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -121,7 +121,9 @@ def test_validation_outside_of_training_always_has_a_value():
 
 # linear
 
-def cross_validated(x, y, Cs):
+Cs = (1e-4,1e-3,1e-2,0.1,1.,10.)
+
+def cross_validated(x, y):
     "C by hand, with scikit-learn's own cross-validation"
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     scores = [cross_val_score(LogisticRegression(C=C, max_iter=1000), x, y, cv=folds).mean() for C in Cs]
@@ -129,8 +131,8 @@ def cross_validated(x, y, Cs):
 
 def test_logistic_is_scikit_learns():
     (x,y),(vx,vy) = clusters(210, 0),clusters(140, 1)
-    mean,std,Cs = x.mean(0),x.std(0, correction=0),(1e-4,1e-3,1e-2,0.1,1.,10.)
-    C = cross_validated((x-mean)/std, y, Cs)
+    mean,std = x.mean(0),x.std(0, correction=0)
+    C = cross_validated((x-mean)/std, y)
     clf = LogisticRegression(C=C, max_iter=1000).fit((x-mean)/std, y)
     got = linear_accuracy(x, y, vx, vy)
     scores = clf.predict_proba((vx-mean)/std)
@@ -167,6 +169,28 @@ def test_logistic_takes_the_strongest_of_equal_penalties_and_the_middle_one_with
     x = 50*torch.eye(7)[y]+torch.randn(70, 7)
     assert fit_logistic(x, y, Cs=(1.,0.1))[-1].C==0.1  # both are always right
     assert fit_logistic(x[:7], y[:7], Cs=(10.,1e-3,1.))[-1].C==1.
+
+@pytest.mark.parametrize('off,taken', [(0,True), (1,False)], ids=['of the class','of another'])
+def test_logistic_takes_views_that_make_held_out_images_likelier(off, taken):
+    "scikit-learn's own folds and weights; with the other choice the coefficients are far off"
+    (x,y),(more_x,more_y) = clusters(21, 0),clusters(140, 1)
+    views = [torch.stack([more_x[more_y==(c+off)%7][i] for c in y]) for i in range(8)]
+    clf,(z,*zs) = fit_logistic(x, y, Cs=Cs, views=views),[(o-x.mean(0))/x.std(0, correction=0) for o in (x,*views)]
+    def fitted(C, rows, sets):
+        w = np.full(len(rows)*len(sets), 1/len(sets))
+        return LogisticRegression(C=C, max_iter=1000).fit(torch.cat([o[rows] for o in sets]), y[rows].repeat(len(sets)), w)
+    def best(sets):
+        "Coefficients at the most accurate C, and the likelihood at the likeliest"
+        accuracy,likelihood,folds = [],[],StratifiedKFold(3, shuffle=True, random_state=0)
+        for C in Cs:
+            nets = [(fitted(C, i, sets),j) for i,j in folds.split(x, y)]
+            accuracy.append(np.mean([net.score(z[j], y[j]) for net,j in nets]))
+            likelihood.append(-np.mean([log_loss(y[j], net.predict_proba(z[j]), labels=range(7)) for net,j in nets]))
+        return fitted(Cs[int(np.argmax(accuracy))], range(len(y)), sets).coef_,max(likelihood)
+    (plain,without),(augmented,likelihood) = best([z]),best([z,*zs])
+    want,other = (augmented,plain) if taken else (plain,augmented)
+    assert (likelihood>without)==taken
+    assert abs(clf[-1].coef_-want).max()<5e-3 and abs(clf[-1].coef_-other).max()>5e-2
 
 def numpy_sgd(x, y, w, b, lrs, orders, nesterov=True):
     "SGD with momentum as in Sutskever et al. in PyTorch's form, gradients by hand"

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.vision.all import (CategoryBlock, ImageDataLoaders, MultiCategoryBlock, Normalize, RegressionBlock,
+                               TensorImage, Transform,
                                accuracy, get_image_files)
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -13,6 +14,7 @@ from helpers import Own, fit, make, same, state
 from ressl_fastai.data import digits_dls, tensor_dls
 from ressl_fastai.evaluate import embed, fit_logistic
 from ressl_fastai.label_efficiency import draw_labels, labelled_part
+from ressl_fastai.loaders import normalize_stats, same_normalize
 from ressl_fastai.models import ReSSLModel, small_resnet
 from ressl_fastai.transfer import encoder_learner
 
@@ -88,6 +90,39 @@ def test_one_accuracy_for_one_encoder(learn):
     assert got==pytest.approx(learn.linear_probe(part.train, part.valid)['top1'])==pytest.approx(row.accuracy)
     other = labelled_part(dls, draw_labels(embed(learn, dls.train)[1], 5, seed=4))
     assert got!=pytest.approx(learn.to_classifier(other, metrics=accuracy).validate()[1])  # control
+
+class Rolled(Transform):
+    "An augmentation that is always the same: rows and columns moved"
+    split_idx = 0
+    def __init__(self, by): self.by = by
+    def encodes(self, x:TensorImage): return x.roll(self.by, dims=(2,3))
+
+@pytest.mark.parametrize('some_moved', [True, False])
+def test_views_that_dls_gives_take_part_if_they_help(learn, some_moved):
+    "Views move images by half, which helps only where every other image is moved so"
+    by = (4,4)
+    idxs = np.concatenate([np.flatnonzero(y==c)[:25] for c in range(10)])
+    x = ims[idxs].copy()
+    if some_moved: x[1::2] = np.roll(x[1::2], by, (1,2))
+    valid_idx = np.flatnonzero(np.arange(250)%25>=6)
+    def images(x, **kwargs): return tensor_dls(x, y[idxs], valid_idx=valid_idx, bs=64, **kwargs)
+    def classified(**kwargs):
+        torch.manual_seed(0)
+        clf = learn.to_classifier(images(x, batch_tfms=Rolled(by)), **kwargs)
+        state = torch.get_rng_state()
+        return probabilities(clf),state
+    (got,state),(plain,state_without) = classified(),classified(n_views=0)
+    assert torch.equal(state, state_without)
+    dls,moved = images(x),images(np.roll(x, by, (1,2)))
+    for o in (dls,moved): same_normalize(o, normalize_stats(learn.dls), 'the encoder')
+    (z,target),(vz,_),(view,_) = embed(learn, dls.train),embed(learn, dls.valid),embed(learn, moved.train)
+    without,likelier = fit_logistic(z, target),fit_logistic(z, target, views=[view]*8)
+    def off(probabilities, pipe): return (probabilities-torch.tensor(pipe.predict_proba(vz.numpy()))).abs().max()
+    assert off(plain, without)<1e-3 and off(got, likelier)<1e-3
+    assert (off(got, without)>1e-2)==some_moved
+
+def test_number_of_views_is_checked(learn):
+    with pytest.raises(ValueError, match='n_views must be at least 0, got -1'): learn.to_classifier(few(), n_views=-1)
 
 def test_an_encoder_that_gives_features():
     learn,dls = fit(make(labelled_part(digits_dls(8, bs=64), range(128)), Own(1), queue_size=64)),few()
