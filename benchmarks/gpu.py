@@ -137,7 +137,8 @@ def steps_of(learn, n, skip=6, on=None):
                 raise CancelFitException
 
     cap = Cap()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cap)
+    n_epoch = -(-(skip+n)//len(learn.dls.train))
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, 1e-3, cbs=cap)
     return cap.seconds/n
 
 def make(arch, size, bs, n, **kwargs):

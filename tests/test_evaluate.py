@@ -178,7 +178,8 @@ def test_logistic_takes_views_that_make_held_out_images_likelier(off, taken):
     clf,(z,*zs) = fit_logistic(x, y, Cs=Cs, views=views),[(o-x.mean(0))/x.std(0, correction=0) for o in (x,*views)]
     def fitted(C, rows, sets):
         w = np.full(len(rows)*len(sets), 1/len(sets))
-        return LogisticRegression(C=C, max_iter=1000).fit(torch.cat([o[rows] for o in sets]), y[rows].repeat(len(sets)), w)
+        z = torch.cat([o[rows] for o in sets])
+        return LogisticRegression(C=C, max_iter=1000).fit(z, y[rows].repeat(len(sets)), w)
     def best(sets):
         "Coefficients at the most accurate C, and the likelihood at the likeliest"
         accuracy,likelihood,folds = [],[],StratifiedKFold(3, shuffle=True, random_state=0)
