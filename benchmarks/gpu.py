@@ -9,8 +9,9 @@ Each section is a process of its own with a limit, most important first; those t
 side by side. What a section had found when it was
 stopped counts. The floor of a step is what shared/design/GPU.md calls so: student forward and backward, teacher
 forward, foreach Adam, on ready tensors. Beside PyTorch, torchvision,
-scikit-learn, matplotlib, timm, pytest and hypothesis a bare machine needs fastai and what it needs; kornia and
-lightly are compared with where they are."""
+scikit-learn, matplotlib, timm, pytest and hypothesis a bare machine needs fastai and what it needs, in the versions
+that pip chooses (with plum-dispatch 2.10, which fasttransform excludes, fastai exports no learner); kornia and lightly
+are compared with where they are."""
 
 import argparse, collections, contextlib, gc, io, itertools, json, os, platform, statistics, subprocess, sys, tempfile
 import time, traceback, warnings

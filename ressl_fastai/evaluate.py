@@ -413,7 +413,7 @@ def fit_logistic(
     Cs:tuple=(1e-4,1e-3,1e-2,0.1,1.,10.), # Inverse strengths of the penalty, > 0; the best in cross-validation is taken
     scale_x:Tensor=None, # (m, dim) features, labelled or not, for mean and standard deviation; default: `x`
     seed:int=0, # For the choice of the images held out
-    views:list=() # Of the same images, augmented, each (n, dim) features; taken if held-out images are likelier with them
+    views:list=() # Features of the images augmented, each (n, dim); taken if held-out images get likelier by them
 ) -> BaseEstimator: # scikit-learn's pipeline, fitted: `predict`, `score` and `predict_proba` take arrays (m, dim)
     "Logistic regression on standardised features, its penalty chosen by cross-validation; at most 300 iterations"
     x,y = np.asarray(x, dtype=np.float32),np.asarray(y)
