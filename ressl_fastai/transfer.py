@@ -263,7 +263,7 @@ def _full_batches(dls):
     if dl.n>=dl.bs: return dls
     return type(dls)(dl.new(bs=dl.n), *dls.loaders[1:], path=dls.path, device=dls.device)
 
-_most_views = 4500  # of all images together: with more labels they gain nothing, and take their time
+_most_views = 4500  # of all images together, with these: more labels gain nothing by them, and they take their time
 
 def _views(learn, x, n):
     "`n` times features of the training images as `learn.dls` augments them; none where these are the `x` without it"
@@ -285,7 +285,7 @@ def to_classifier(self:Learner,
     dls:DataLoaders, # Images with one category each, two or more; they get the normalisation of pretraining
     teacher:bool=False, # The teacher's encoder instead of the student's
     size:int|tuple=None, # Pixels that images are brought to; default: as `ressl_learner` was told
-    n_views:int=8, # Views of each image, as `dls` augments it, that may take part; see `fit_logistic`
+    n_views:int=8, # Views of each image, as `dls` augments it, for `fit_logistic`; none if they are over 4,500 in all
     **kwargs
 ) -> Learner: # Ready to predict; all but the linear layer is frozen
     "The frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
