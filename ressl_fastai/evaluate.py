@@ -91,7 +91,7 @@ def _check_images(dl, learn):
                      "learn.dls.test_dl(files)")
 
 # %% ../nbs/15_evaluate.ipynb #6e0a0001
-class _LateBar(Callback):
+class LateBar(Callback):
     "A progress bar, once two seconds have shown that there is something to wait for"
     def before_validate(self): self.bar,self.start = None,monotonic()
     def after_batch(self):
@@ -163,7 +163,7 @@ def embed(self:Learner,
     _check_normalize(dl, self.dls.train)
     key,kept = _key(self, dl, teacher, projected),_kept.setdefault(self, {})
     if key is None or key not in kept:
-        found = embed(self, dl, teacher, projected, cbs=_LateBar() if hasattr(self, 'progress') else None)
+        found = embed(self, dl, teacher, projected, cbs=LateBar() if hasattr(self, 'progress') else None)
         if key is None: return found
         stale = [o for o in kept if o[:2]==key[:2] and o[2]!=key[2]]  # of other weights
         for o in stale + list(kept)[:-7]: kept.pop(o, None)  # and no more than eight

@@ -42,7 +42,7 @@ from torch import nn, Tensor
 
 from . import __version__
 from .batch_norm import set_batch_norm
-from .evaluate import check_classes, embed, embedding_loss, fit_logistic
+from .evaluate import LateBar, check_classes, embed, embedding_loss, fit_logistic
 from .files import read_torch, write_torch
 from .images import set_opener
 from .loaders import clean_dl, first_images, normalize_stats, same_normalize, set_size, size_of
@@ -265,10 +265,10 @@ def _full_batches(dls):
 
 _most_views = 4500  # of all images together, with these: more labels gain nothing by them, and they take their time
 
-def _views(learn, x, n):
+def _views(learn, x, n, cbs):
     "`n` times features of the training images as `learn.dls` augments them; none where these are the `x` without it"
     dl,found = learn.dls.train,[]
-    features = Learner(learn.dls, learn.model.encoder, loss_func=embedding_loss)
+    features = Learner(learn.dls, learn.model.encoder, loss_func=embedding_loss, cbs=cbs)
     if not isinstance(dl, TfmdDL) or len(x)*(n+1)>_most_views: return found
     tfms = {nm:getattr(dl, nm) for nm in ('after_item','before_batch','after_batch')}
     for seed in range(n):
@@ -298,8 +298,9 @@ def to_classifier(self:Learner,
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear) if maps else nn.Sequential(linear)
     clf = _as_pretrained(self, dls, teacher, nn.Sequential(enc[0], head), body_splitter(enc[0], enc.arch), **kwargs)
     features = Learner(dls, Embedder(enc, nn.Identity(), nn.Identity()), loss_func=embedding_loss)
-    x,y = embed(features, dls.train)
-    _set_linear(linear, fit_logistic(x, y, views=_views(features, x, n_views)))
+    bar = [LateBar()] if hasattr(self, 'progress') else []
+    x,y = embed(features, dls.train, cbs=bar)
+    _set_linear(linear, fit_logistic(x, y, views=_views(features, x, n_views, bar)))
     return clf
 
 # %% ../nbs/30_transfer.ipynb #c4a10003

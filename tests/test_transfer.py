@@ -121,6 +121,22 @@ def test_views_that_dls_gives_take_part_if_they_help(learn, some_moved):
     assert off(plain, without)<1e-3 and off(got, likelier)<1e-3
     assert (off(got, without)>1e-2)==some_moved
 
+def test_a_bar_for_images_and_for_views_that_take_long(learn, monkeypatch):
+    shown,now = [],iter(np.arange(1e4)*1.5)
+    class Bar:
+        def __init__(self, gen, leave):
+            self.start_t = 0.
+            shown.append(self)
+        def update(self, i): pass
+    monkeypatch.setattr('ressl_fastai.evaluate.progress_bar', Bar)
+    monkeypatch.setattr('ressl_fastai.evaluate.monotonic', lambda: next(now))
+    def bars(n_views):
+        shown.clear()
+        learn.to_classifier(few(bs=8, batch_tfms=Rolled((4,4))), n_views=n_views)
+        return [o.comment for o in shown]
+    assert bars(3)==4*['embedding 50 images'] and bars(0)==['embedding 50 images']
+    with learn.no_bar(): assert bars(3)==[]
+
 def test_number_of_views_is_checked(learn):
     with pytest.raises(ValueError, match='n_views must be at least 0, got -1'): learn.to_classifier(few(), n_views=-1)
 
