@@ -23,6 +23,7 @@ __all__ = ['load_encoder', 'encoder_learner']
 # %% ../nbs/30_transfer.ipynb #10ae0004
 import warnings
 from copy import deepcopy
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -263,13 +264,13 @@ def _full_batches(dls):
     if dl.n>=dl.bs: return dls
     return type(dls)(dl.new(bs=dl.n), *dls.loaders[1:], path=dls.path, device=dls.device)
 
-_most_views = 4500  # of all images together, with these: more labels gain nothing by them, and they take their time
+_most_views = 4500  # of all images together, with these, so that a hand-over stays a matter of seconds on small images
 
 def _views(learn, x, n, cbs):
     "`n` times features of the training images as `learn.dls` augments them; none where these are the `x` without it"
     dl,found = learn.dls.train,[]
-    features = Learner(learn.dls, learn.model.encoder, loss_func=embedding_loss, cbs=cbs)
     if not isinstance(dl, TfmdDL) or len(x)*(n+1)>_most_views: return found
+    features = Learner(learn.dls, learn.model.encoder, loss_func=embedding_loss, cbs=cbs)
     tfms = {nm:getattr(dl, nm) for nm in ('after_item','before_batch','after_batch')}
     for seed in range(n):
         with no_random(seed), features.no_bar(), features.no_logging():
@@ -289,7 +290,8 @@ def to_classifier(self:Learner,
     **kwargs
 ) -> Learner: # Ready to predict; all but the linear layer is frozen
     "The frozen encoder and logistic regression on its features, fitted to the training set of `dls`"
-    if n_views<0: raise ValueError(f"n_views must be at least 0, got {n_views}")
+    if not isinstance(n_views, Integral) or n_views<0:
+        raise ValueError(f"n_views must be a whole number of at least 0, got {n_views!r}")
     _check_categories(dls)
     same_normalize(dls, pretrained_encoder(self, teacher)[1], 'the encoder')
     dls = _full_batches(dls)

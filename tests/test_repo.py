@@ -266,6 +266,14 @@ def test_lines_are_those_a_person_reads():
 
     assert long_lines({'a': 'x'*121, 'b': 'x'*120}) == ['a: 1']
 
+def cut_tables(texts): return [nm for nm,text in texts.items() if ' rows × ' in text]
+
+def test_no_table_is_cut():
+    "pandas leaves out rows above sixty and says how many there are"
+    assert cut_tables({p.name: p.read_text(encoding='utf-8') for p in notebooks}) == []
+
+    assert cut_tables({'a': '<p>70 rows × 6 columns</p>', 'b': '<p>in rows</p>'}) == ['a']
+
 def unnamed(scripts, text):
     "Scripts that `text` does not name"
     return [o for o in scripts if f'`{o}`' not in text]

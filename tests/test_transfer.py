@@ -3,14 +3,15 @@ import subprocess, sys
 from functools import partial
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (CategoryBlock, ImageDataLoaders, MultiCategoryBlock, Normalize, RegressionBlock,
-                               TensorImage, Transform,
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLoaders, IndexSplitter,
+                               MultiCategoryBlock, Normalize, PILImageBW, RegressionBlock, TensorImage, Transform,
                                accuracy, get_image_files)
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from helpers import Own, fit, make, same, state
 
+from ressl_fastai import transfer
 from ressl_fastai.data import digits_dls, tensor_dls
 from ressl_fastai.evaluate import embed, fit_logistic
 from ressl_fastai.label_efficiency import draw_labels, labelled_part
@@ -97,15 +98,20 @@ class Rolled(Transform):
     def __init__(self, by): self.by = by
     def encodes(self, x:TensorImage): return x.roll(self.by, dims=(2,3))
 
+def half_moved():
+    "25 digits of each class, every other one moved by half: images, classes, positions of all but six for validation"
+    idxs = np.concatenate([np.flatnonzero(y==c)[:25] for c in range(10)])
+    x = ims[idxs].copy()
+    x[1::2] = np.roll(x[1::2], (4,4), (1,2))
+    return x,y[idxs],np.flatnonzero(np.arange(250)%25>=6)
+
 @pytest.mark.parametrize('some_moved', [True, False])
 def test_views_that_dls_gives_take_part_if_they_help(learn, some_moved):
     "Views move images by half, which helps only where every other image is moved so"
     by = (4,4)
-    idxs = np.concatenate([np.flatnonzero(y==c)[:25] for c in range(10)])
-    x = ims[idxs].copy()
-    if some_moved: x[1::2] = np.roll(x[1::2], by, (1,2))
-    valid_idx = np.flatnonzero(np.arange(250)%25>=6)
-    def images(x, **kwargs): return tensor_dls(x, y[idxs], valid_idx=valid_idx, bs=64, **kwargs)
+    x,target,valid_idx = half_moved()
+    if not some_moved: x[1::2] = np.roll(x[1::2], by, (1,2))  # back
+    def images(x, **kwargs): return tensor_dls(x, target, valid_idx=valid_idx, bs=64, **kwargs)
     def classified(**kwargs):
         torch.manual_seed(0)
         clf = learn.to_classifier(images(x, batch_tfms=Rolled(by)), **kwargs)
@@ -115,11 +121,33 @@ def test_views_that_dls_gives_take_part_if_they_help(learn, some_moved):
     assert torch.equal(state, state_without)
     dls,moved = images(x),images(np.roll(x, by, (1,2)))
     for o in (dls,moved): same_normalize(o, normalize_stats(learn.dls), 'the encoder')
-    (z,target),(vz,_),(view,_) = embed(learn, dls.train),embed(learn, dls.valid),embed(learn, moved.train)
-    without,likelier = fit_logistic(z, target),fit_logistic(z, target, views=[view]*8)
+    (z,t),(vz,_),(view,_) = embed(learn, dls.train),embed(learn, dls.valid),embed(learn, moved.train)
+    without,likelier = fit_logistic(z, t),fit_logistic(z, t, views=[view]*8)
     def off(probabilities, pipe): return (probabilities-torch.tensor(pipe.predict_proba(vz.numpy()))).abs().max()
     assert off(plain, without)<1e-3 and off(got, likelier)<1e-3
     assert (off(got, without)>1e-2)==some_moved
+
+def test_views_of_files_are_those_of_their_images(learn, tmp_path):
+    "Shuffled files, opened by other processes, in the order of their labels; shuffled views would be of other classes"
+    x,target,valid_idx = half_moved()
+    files = [tmp_path/f'{i}.png' for i in range(len(x))]
+    for f,o in zip(files, x): Image.fromarray(o).save(f)
+    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=lambda i: files[i],
+                      get_y=lambda i: str(target[i]), splitter=IndexSplitter(valid_idx), batch_tfms=Rolled((4,4)))
+    of_files = block.dataloaders(range(len(x)), bs=16, num_workers=2)
+    def of_images(): return tensor_dls(x, target, valid_idx=valid_idx, bs=16, batch_tfms=Rolled((4,4)))
+    want,without = (probabilities(learn.to_classifier(of_images(), n_views=n)) for n in (8,0))
+    got = probabilities(learn.to_classifier(of_files))
+    assert (got-want).abs().max()<1e-3 and (got-without).abs().max()>1e-2
+
+def test_views_end_where_they_are_many(learn, monkeypatch):
+    x,target,valid_idx = half_moved()
+    def given(n_views):
+        dls = tensor_dls(x, target, valid_idx=valid_idx, bs=16, batch_tfms=Rolled((4,4)))
+        return probabilities(learn.to_classifier(dls, n_views=n_views))
+    monkeypatch.setattr(transfer, '_most_views', 60*9)
+    without = given(0)
+    assert (given(8)-without).abs().max()>1e-2 and torch.equal(given(9), without)
 
 def test_a_bar_for_images_and_for_views_that_take_long(learn, monkeypatch):
     shown,now = [],iter(np.arange(1e4)*1.5)
@@ -137,8 +165,10 @@ def test_a_bar_for_images_and_for_views_that_take_long(learn, monkeypatch):
     assert bars(3)==4*['embedding 50 images'] and bars(0)==['embedding 50 images']
     with learn.no_bar(): assert bars(3)==[]
 
-def test_number_of_views_is_checked(learn):
-    with pytest.raises(ValueError, match='n_views must be at least 0, got -1'): learn.to_classifier(few(), n_views=-1)
+@pytest.mark.parametrize('n_views', [-1, 2.5])
+def test_number_of_views_is_checked(learn, n_views):
+    with pytest.raises(ValueError, match=f'n_views must be a whole number of at least 0, got {n_views}'):
+        learn.to_classifier(few(), n_views=n_views)
 
 def test_an_encoder_that_gives_features():
     learn,dls = fit(make(labelled_part(digits_dls(8, bs=64), range(128)), Own(1), queue_size=64)),few()
