@@ -302,6 +302,7 @@ def to_classifier(self:Learner,
     features = Learner(dls, Embedder(enc, nn.Identity(), nn.Identity()), loss_func=embedding_loss)
     bar = [LateBar()] if hasattr(self, 'progress') else []
     x,y = embed(features, dls.train, cbs=bar)
+    if y.unique(return_counts=True)[1].min()==1: n_views = 0  # no image to hold out, to judge views by
     _set_linear(linear, fit_logistic(x, y, views=_views(features, x, n_views, bar)))
     return clf
 

@@ -158,11 +158,12 @@ def test_a_bar_for_images_and_for_views_that_take_long(learn, monkeypatch):
         def update(self, i): pass
     monkeypatch.setattr('ressl_fastai.evaluate.progress_bar', Bar)
     monkeypatch.setattr('ressl_fastai.evaluate.monotonic', lambda: next(now))
-    def bars(n_views):
+    def bars(n_views, per_class=5):
         shown.clear()
-        learn.to_classifier(few(bs=8, batch_tfms=Rolled((4,4))), n_views=n_views)
+        learn.to_classifier(few(per_class, bs=8, batch_tfms=Rolled((4,4))), n_views=n_views)
         return [o.comment for o in shown]
     assert bars(3)==4*['embedding 50 images'] and bars(0)==['embedding 50 images']
+    assert bars(3, per_class=1)==['embedding 10 images']  # no image to hold out, to judge views by
     with learn.no_bar(): assert bars(3)==[]
 
 @pytest.mark.parametrize('n_views', [-1, 2.5])
