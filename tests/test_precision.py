@@ -155,7 +155,11 @@ def test_what_is_measured_is_measured_in_float32():
 def test_auto_asks_the_processor(monkeypatch):
     has = P.has_bfloat16
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx2':True})
-    assert not has('cpu') and choose_precision('auto', 'auto', 'cpu')==(None,False)
+    monkeypatch.setattr(P.platform, 'machine', lambda: 'AMD64')
+    assert not has('cpu') and choose_precision('auto', 'auto', 'cpu')==(None,True)
+    assert choose_precision('auto', False, 'cpu')==(None,False)
+    monkeypatch.setattr(P.platform, 'machine', lambda: 'arm64')  # not measured
+    assert choose_precision('auto', 'auto', 'cpu')==(None,False)
     assert choose_precision('bfloat16', True, 'cpu')==(torch.bfloat16,True)  # who asks gets it
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16':True})
     assert has('cpu') and choose_precision('auto', 'auto', 'cpu')==(torch.bfloat16,True)
