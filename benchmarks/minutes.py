@@ -17,8 +17,9 @@ how often the nearest picture of the other vendor shows the same thing.
 - `ours`: `ressl_learner(dls, small_resnet)`, its learning rate and batch, one cycle over each number of minutes
 - `lightly MoCo`, `lightly BYOL`, `lightly SimCLR`: the loops of lightly's examples for small images (256 pictures in a
   batch, SGD 0.06, momentum 0.99, no blur), one training, looked at after each number of minutes; `..., bf16` with
-  autocast and channels last given to them, as ours has them by itself; `..., schedule` with the optimizer of lightly's
-  CIFAR-10 benchmark too (128 pictures, SGD 0.06, momentum 0.9, weight decay 5e-4, cosine to zero), one training for
+  autocast and channels last given to them, as ours has them by itself where the processor is made for bfloat16;
+  `..., channels last` with that alone, as ours on others; `..., schedule` with the optimizer of lightly's CIFAR-10
+  benchmark too (128 pictures, SGD 0.06, momentum 0.9, weight decay 5e-4, cosine to zero), one training for
   each number of minutes
 - `self_supervised MOCO`: its callback and kornia's views in a fastai `Learner`, one cycle over each number of minutes
 - `random encoder`, `pixels`: nothing is trained"""
@@ -137,9 +138,9 @@ def batches(dl):
 
 class Lightly:
     "One of lightly's examples, on the pictures `x`; counts its minutes"
-    def __init__(self, x, method, bf16, bs=256, **kwargs):
+    def __init__(self, x, method, bf16, channels_last, bs=256, **kwargs):
         self.start,self.evaluating,self.n = time.process_time(),0.,0
-        self.bf16,self.layout = bf16,torch.channels_last if bf16 else torch.contiguous_format
+        self.bf16,self.layout = bf16,torch.channels_last if channels_last else torch.contiguous_format
         self.net = encoder()
         self.model = method(self.net)
         self.model.to(memory_format=self.layout)
@@ -166,10 +167,10 @@ class Lightly:
         self.model.train()
         self.evaluating += time.process_time()-now
 
-def lightly(method, bf16=False):
+def lightly(method, bf16=False, channels_last=False):
     "A training of one of lightly's examples, looked at after each number of minutes"
     def run(x, minutes):
-        training = Lightly(x, method, bf16)
+        training = Lightly(x, method, bf16, channels_last)
         for m in minutes:
             while training.minutes<m: training.step()
             with training.pause(): yield m,training.net,training.n
@@ -180,7 +181,7 @@ def scheduled(method):
     lr = SchedCos(0.06, 0.)
     def run(x, minutes):
         for m in minutes:
-            training = Lightly(x, method, True, bs=128, momentum=0.9, weight_decay=5e-4)
+            training = Lightly(x, method, True, True, bs=128, momentum=0.9, weight_decay=5e-4)
             while (share := training.minutes/m)<1:
                 training.opt.param_groups[0]['lr'] = lr(share)
                 training.step()
@@ -189,7 +190,8 @@ def scheduled(method):
 
 methods = {'MoCo':MoCo, 'BYOL':BYOL, 'SimCLR':SimCLR}
 cases = {'ours':ours, **{f'lightly {k}':lightly(o) for k,o in methods.items()},
-         **{f'lightly {k}, bf16':lightly(o, True) for k,o in methods.items()},
+         **{f'lightly {k}, bf16':lightly(o, True, True) for k,o in methods.items()},
+         **{f'lightly {k}, channels last':lightly(o, False, True) for k,o in methods.items()},
          **{f'lightly {k}, bf16, schedule':scheduled(o) for k,o in methods.items()},
          'self_supervised MOCO':self_supervised}
 
