@@ -46,7 +46,7 @@ from .loaders import (add_normalize, as_item, clean_dl, first_images, get_normal
                                   normalize_stats, same_normalize, size_of)
 from .models import Embedder, ReSSLModel, create_encoder, ressl_splitter
 from .optimizer import FusedAdam
-from .precision import DevicePrecision, choose_precision, why_precision
+from .precision import DevicePrecision, choose_precision, forward_flops, why_precision
 from .training_state import unchanged
 
 # %% ../nbs/28_learner.ipynb #a1c0002a
@@ -244,8 +244,9 @@ def _has_classes(dls, y):
 def _precision(precision, channels_last, dls, model, size, views_made):
     "What training computes in, tried on this machine where the sizes of the views are known"
     device = torch.device(dls.device or 'cpu')
-    pixels = dls.train.bs*size[0]*size[1]
-    half = DevicePrecision(*choose_precision(precision, channels_last, device, model.encoder, pixels))
+    asked = device.type=='cuda' and precision=='auto'
+    flops = dls.train.bs*forward_flops(model.encoder, (model.encoder.n_in,*size)) if asked else None
+    half = DevicePrecision(*choose_precision(precision, channels_last, device, model.encoder, flops))
     half.auto,half.why = precision=='auto',why_precision(precision, half.dtype, device)
     if device.type=='cpu':  # views of another kind are tried when the first batch comes
         half.shapes = {(model.encoder.n_in,*o.size) for o in views_made if isinstance(o, views.RandomView)}

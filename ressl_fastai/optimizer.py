@@ -1,7 +1,7 @@
 """`FusedAdam`: fastai's `Adam`, whose step on a GPU is one kernel for many parameters instead of ten for each.
 
 A step of fastai's `Adam` is a few operations for each parameter. On a CPU that costs little. On a GPU the host has to
-launch every one of them: a ResNet-18 has 62 parameters, about 700 launches per step, and a small network is done
+launch every one of them, some ten for each of a ResNet-18's 62 parameters, and a small network is done
 before they are made. PyTorch's fused AdamW does the same arithmetic for all of them at once.
 
 `FusedAdam` is a fastai `Optimizer` through and through: schedules, momentum, `freeze`, discriminative learning rates,

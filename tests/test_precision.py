@@ -1,6 +1,10 @@
 "Half precision and channels last: in training alone, on the device of the data, with the loss in float32."
+import json
+from collections import defaultdict
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pytest, torch, torchvision.models as tv
 from fastai.callback.fp16 import AMPMode
@@ -11,8 +15,9 @@ from ressl_fastai import precision as P
 from ressl_fastai.callback import ReSSL
 from ressl_fastai.data import digits_dls
 from ressl_fastai.evaluate import embed
-from ressl_fastai.models import small_resnet
-from ressl_fastai.precision import choose_precision
+from ressl_fastai.learner import _precision
+from ressl_fastai.models import create_encoder, small_resnet
+from ressl_fastai.precision import choose_precision, forward_flops
 
 resnet = partial(small_resnet, widen=0.125)
 def few(**kwargs): return make(digits_dls(8, bs=256), resnet, **kwargs)
@@ -182,20 +187,57 @@ def test_auto_asks_the_processor(monkeypatch):
         ) == (torch.bfloat16, True)
 
 
-def test_auto_on_a_gpu_asks_for_pixels(monkeypatch):
-    "Few pixels are computed before the casts are asked for; a CPU does not mind"
+def test_auto_on_a_gpu_asks_for_the_work_of_a_batch(monkeypatch):
+    "Little work is done before the casts are asked for; a CPU does not mind"
     monkeypatch.setattr(P, 'has_bfloat16', lambda device: True)
-    few,many = 256*64*64,128*224*224
-    assert [choose_precision('auto', 'auto', 'cuda', pixels=n)[0] for n in (few, many, None)] == [
-        None,
-        torch.bfloat16,
-        torch.bfloat16,
-    ]
-    assert (
-        choose_precision('auto', 'auto', 'cuda', pixels=few)[1]
-        and choose_precision('bfloat16', 'auto', 'cuda', pixels=few)[0] == torch.bfloat16
-    )
-    assert choose_precision('auto', 'auto', 'cpu', pixels=few)[0]==torch.bfloat16
+    little,much = 2e11,1e12
+    chosen = [choose_precision('auto', 'auto', 'cuda', flops=n)[0] for n in (little,much,None)]
+    assert chosen==[None,torch.bfloat16,torch.bfloat16]
+    assert choose_precision('auto', 'auto', 'cuda', flops=little)[1]
+    assert choose_precision('bfloat16', 'auto', 'cuda', flops=little)[0]==torch.bfloat16
+    assert choose_precision('auto', 'auto', 'cpu', flops=little)[0]==torch.bfloat16
+
+def gpu_steps(name):
+    "Milliseconds of the last run of each step: {(network, size, bs): {precision: ms}}"
+    file,steps = Path(__file__).parents[1]/'benchmarks'/'results'/f'{name}.jsonl',defaultdict(dict)
+    for line in map(json.loads, file.read_text().splitlines()):
+        if line.get('section')=='step' and line.get('ms') and not line.get('graphed'):
+            steps[line['case'],line['size'],line['bs']][line['precision']] = line['ms']
+    return {k:v for k,v in steps.items() if len(v)==2}
+
+@pytest.mark.parametrize('name', ['gpu', 'gpu_slower_host'])
+def test_auto_takes_what_was_faster_on_a_gpu(monkeypatch, name):
+    """In each pair of receipts, but for 5 %; control: pixels, as the rule was, cannot tell 1,024 images of 32 pixels
+    from 256 of 64"""
+    monkeypatch.setattr(P, 'has_bfloat16', lambda device: True)
+    archs,steps = dict(small=small_resnet, r18=tv.resnet18, r50=tv.resnet50),gpu_steps(name)
+    assert len(steps)>=6
+    by_pixels = {}
+    for (case,size,bs),ms in steps.items():
+        flops = bs*forward_flops(create_encoder(archs[case], size=size), (3,size,size))
+        auto = choose_precision('auto', 'auto', 'cuda', flops=flops)[0]
+        assert ms['bfloat16' if auto else 'float32']<1.05*min(ms.values()), (case,size,bs)
+        by_pixels.setdefault(bs*size**2, set()).add(min(ms, key=ms.get))
+    assert by_pixels[1024*32**2]=={'float32','bfloat16'}
+
+def test_a_learner_on_a_gpu_counts_the_work_of_its_batch(monkeypatch):
+    "Its own network, channels, size and batch; a stand-in for the loaders says that they are on a GPU"
+    monkeypatch.setattr(P, 'has_bfloat16', lambda device: True)
+    learn = few()
+    per_image = forward_flops(learn.model.encoder, (1,8,8))
+    def chosen(bs):
+        dls = SimpleNamespace(device=torch.device('cuda'), train=SimpleNamespace(bs=bs))
+        return _precision('auto', 'auto', dls, learn.model, (8,8), []).dtype
+    border = 2**39//per_image
+    assert chosen(border-1) is None and chosen(border+2)==torch.bfloat16
+
+def test_operations_are_those_of_convolutions_and_products():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.BatchNorm2d(5), torch.nn.Dropout(),
+                              torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(5, 7)).train()
+    before,random = deepcopy(net.state_dict()),torch.get_rng_state()
+    assert forward_flops(net, (3,8,6))==2*(8*6*5*3*9+5*7)
+    assert net.training and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items())
 
 def fake_gpu(monkeypatch, capability, bfloat16):
     def supported(including_emulation=True): return bfloat16 or including_emulation
@@ -207,15 +249,15 @@ def test_auto_takes_float16_where_a_gpu_has_no_bfloat16(monkeypatch):
     for capability in ((7,0),(7,5)):
         fake_gpu(monkeypatch, capability, False)
         assert not P.has_bfloat16('cuda') and P.needs_float16('cuda') and not P.needs_float16('cpu')
-        assert choose_precision('auto', 'auto', 'cuda', pixels=2**22)==(torch.float16,True)
-        assert choose_precision('auto', 'auto', 'cuda', pixels=2**10)==(torch.float16,True)
+        assert choose_precision('auto', 'auto', 'cuda', flops=1e12)==(torch.float16,True)
+        assert choose_precision('auto', 'auto', 'cuda', flops=1e9)==(torch.float16,True)
         assert choose_precision('float32', 'auto', 'cuda')==(None,True)
         assert choose_precision('auto', False, 'cuda')==(torch.float16,False)
         assert 'has no bfloat16' in P.why_precision('auto', torch.float16, 'cuda')
     fake_gpu(monkeypatch, (6,0), False)
-    assert choose_precision('auto', 'auto', 'cuda', pixels=2**22)==(None,False)
+    assert choose_precision('auto', 'auto', 'cuda', flops=1e12)==(None,False)
     fake_gpu(monkeypatch, (8,0), True)  # control
-    assert choose_precision('auto', 'auto', 'cuda', pixels=2**22)==(torch.bfloat16,True)
+    assert choose_precision('auto', 'auto', 'cuda', flops=1e12)==(torch.bfloat16,True)
 
 @pytest.mark.filterwarnings('ignore:float16 is slow')
 def test_chosen_float16_is_that_of_to_fp16_with_a_scaler():
