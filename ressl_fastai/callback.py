@@ -22,11 +22,12 @@ from functools import lru_cache
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import SchedCos, SchedLin
 from fastai.data.transforms import Normalize
 from fastai.torch_basics import Pipeline, Transform
 from fastai.torch_core import TensorImage, get_model, no_random, num_distrib, to_device
-from fastcore.basics import listify, store_attr
+from fastcore.basics import first, listify, store_attr
 from fastcore.foundation import L
 from torch import nn, Tensor
 from torch.func import functional_call
@@ -160,6 +161,9 @@ class ReSSL(Callback):
             raise ValueError(
                 f"ReSSL trains a ReSSLModel, learn.model is a {type(self.net).__name__}: use ressl_learner")
         self._check_processes()
+        if mix := first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler)): raise ValueError(
+            f"{type(mix).__name__} mixes images and their labels, ReSSL learns from images alone: leave it out, or "
+            "give it to the classifier later")
         self.restore_loss()
         self._reset()
         self.again = self.trained

@@ -293,7 +293,7 @@ class TensorDL(TfmdDL):
     def _batch(self, rows, targets):
         kept = self.images.device
         device = kept if kept.type!='cpu' else self.device or kept
-        if device.type=='cpu' or get_worker_info() is not None: return self.images[rows],*targets
+        if device.type=='cpu' or get_worker_info() is not None: return self.images[rows].contiguous(),*targets
         there,*targets = send([rows, *targets], device)
         return self.images[there] if kept.type!='cpu' else _fetch(self.images, rows, device),*targets
 
@@ -349,9 +349,9 @@ def _as_images(x):
     last = channels_last(x.shape)
     if last is None: raise ValueError(
         f"the channels of x must differ in number from rows and columns, got {tuple(x.shape)}: add or move an axis")
-    if last: x = x.permute(0,3,1,2)
+    if last: x = x[...,0][:,None] if x.shape[3]==1 else x.permute(0,3,1,2)  # strides of one channel are no layout
     if x.dtype!=torch.uint8 and not (x.is_floating_point() and x.min()>=0 and x.max()<=1):
-        lo,hi = x.min().item(),x.max().item()
+        lo,hi = (getattr(x.double(), o)().item() for o in ('min','max'))  # torch has none of uint16
         raise ValueError(f"x must be uint8 or floats in [0, 1], got {x.dtype} from {lo:.3g} to {hi:.3g}")
     return x
 
@@ -369,6 +369,11 @@ def _to_image(x): return x if isinstance(x, TensorImage) else TensorImage(x)
 class _ToFloat32(Transform):
     "What networks compute in, whatever the array holds"
     def encodes(self, x:TensorImage): return x.float()
+
+def _as_labels(y):
+    "An array; a list in which a number is missing among words keeps it, where NumPy would make it a word"
+    res = np.asarray(y)
+    return np.array(list(y), dtype=object) if res.dtype.kind in 'US' and not isinstance(y, np.ndarray) else res
 
 def _image_block(x):
     "How single images of `x` become fastai's, and where they come from: PIL images where PIL can, tensors otherwise"
@@ -395,7 +400,7 @@ def tensor_dls(
     x = _as_images(x)
     if y is not None and len(y)!=len(x): raise ValueError(f"y must have one label per image, got {len(y)} for {len(x)}")
     block,source = _image_block(x)
-    blocks,get_y = ((block,), None) if y is None else ((block, y_block), _Rows(np.asarray(y)))
+    blocks,get_y = ((block,), None) if y is None else ((block, y_block), _Rows(_as_labels(y)))
     splitter = RandomSplitter(valid_pct, seed) if valid_idx is None else IndexSplitter(valid_idx)
     how = dict(get_x=_Rows(source), get_y=get_y, batch_tfms=batch_tfms, splitter=splitter)
     block = DataBlock(blocks, dl_type=TensorDL, **how)

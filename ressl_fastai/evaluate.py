@@ -138,7 +138,7 @@ def _data_digest(dl):
     functions = {nm:getattr(dl, nm) for nm in dl._methods}
     functions = {nm:f for nm,f in functions.items() if not isinstance(f, MethodType)}  # given by the user
     in_memory = [getattr(dl, nm, None) for nm in ('images','rows','targets')]  # of a `TensorDL`
-    return digest([data_fingerprint(SimpleNamespace(loaders=[dl])), functions, in_memory])
+    return digest([data_fingerprint(SimpleNamespace(loaders=[dl])), dl.n, functions, in_memory])
 
 _kept = WeakKeyDictionary()  # by learner; beside it and not in it, whose export would carry it along
 
@@ -331,8 +331,23 @@ class LinearProbe(Callback):
         store_attr()
         self.head = self.hook = self.metric = None
 
+    @property
+    def learn(self): return vars(self).get('_learner')
+    @learn.setter
+    def learn(self, learn):
+        "fastai takes a fit's callbacks away when it ends, also by an error or Ctrl-C"
+        if learn is None: self._let_go()
+        vars(self)['_learner'] = learn
+
+    def _let_go(self):
+        "The column is that of one fit, however it ends"
+        if self.metric is not None: self.learn.metrics = [m for m in self.learn.metrics if m is not self.metric]
+        if self.hook is not None: self.hook.remove()
+        self.hook = self.metric = None
+
     def before_fit(self):
-        "One column more; `lr_find`, `validate` and `get_preds` have none"
+        "One column more; `lr_find` and `get_preds` have none"
+        self._let_go()
         if hasattr(self.learn, 'lr_finder') or not hasattr(self.learn, 'recorder'): return
         dls = self.learn.dls
         if dls.valid.n==0: raise ValueError(
@@ -352,7 +367,9 @@ class LinearProbe(Callback):
         self.head.to(next(self.learn.model.parameters()).device)
         self.opt = torch.optim.Adam(self.head.parameters(), self.lr)
 
-    def before_validate(self): self.n_right = self.n_seen = 0
+    def before_validate(self):
+        "Images that were right, and images with a label"
+        self.counts = torch.zeros(2, dtype=torch.long, device=next(self.learn.model.parameters()).device)
 
     def before_batch(self):
         "Notes the labels, before another target stands in their place, and the features as they are made"
@@ -378,14 +395,14 @@ class LinearProbe(Callback):
     @torch.no_grad()
     def _count(self, x, y):
         right = self.head.eval()(x).argmax(1)==y
-        self.n_right,self.n_seen = self.n_right+right.sum(),self.n_seen+(y>=0).sum()
+        self.counts += torch.stack([right.sum(), (y>=0).sum()])
 
-    def _value(self): return float(self.n_right)/float(self.n_seen) if self.n_seen else float('nan')
+    def _value(self):
+        "Of all processes, each of which trains a classifier on its own images"
+        n_right,n_seen = ranks_of(self.learn).gather(self.counts[None]).sum(0).tolist()
+        return n_right/n_seen if n_seen else float('nan')
 
-    def after_fit(self):
-        if self.metric is None: return
-        self.learn.metrics = [m for m in self.learn.metrics if m is not self.metric]
-        self.metric = None
+    def after_fit(self): self._let_go()
 
 # %% ../nbs/15_evaluate.ipynb #ba1e8a02
 _wide = 1e9  # images times features times classes: less is a matter of one thread, others would wait for each other

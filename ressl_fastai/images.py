@@ -174,7 +174,8 @@ class PILImage16(PILImageBW):
     "A grey image of up to 16 bits or of floats in [0, 1], as from microscopes: the upper 8 bits of each pixel"
     bits = 16
     @classmethod
-    def create(cls, fn, **kwargs): return cls(open_image(fn, 'L', bits=cls.bits))
+    def create(cls, fn:Path|str|Tensor|np.ndarray|bytes|Image.Image, **kwargs):
+        return cls(open_image(fn, 'L', bits=cls.bits))
 
 class PILImage12(PILImage16):
     "A grey image of which 12 bits are used, as many cameras save them in files of 16 bits: the upper 8 of these"

@@ -168,7 +168,7 @@ def label_efficiency(self:Learner,
         raise ValueError(f"rows must be of {', '.join(label_rows)} and ImageNet, got {', '.join(unknown)}")
     dls = _decoded_once(dls)
     (x,y),(valid_x,valid_y) = map(pixel_features, dls)
-    self.to_vision_learner(dls)  # refuses what does not fit, adds the normalisation
+    dls = self.to_vision_learner(dls).dls  # refuses what does not fit, adds the normalisation
     fresh_weights = 'random encoder','from scratch'
     if {*fresh_weights} & {*rows}: _fresh(self, arch, 0)  # says what is wrong with `arch` before training
     how,amounts = ('per_class',labels_per_class) if fraction is None else ('fraction',fraction)

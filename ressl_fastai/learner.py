@@ -27,7 +27,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 from fastai.imports import noop  # fastcore's is another
 from fastai.learner import Learner
-from fastai.torch_core import TensorCategory, get_model, num_distrib
+from fastai.torch_core import TensorCategory, TensorMultiCategory, get_model, num_distrib
 from fastai.vision.core import imagenet_stats
 from fastcore.basics import first, ifnone, listify, patch
 from fastcore.foundation import L
@@ -46,7 +46,8 @@ from .loaders import (add_normalize, as_item, clean_dl, first_images, get_normal
                                   normalize_stats, same_normalize, size_of)
 from .models import Embedder, ReSSLModel, create_encoder, ressl_splitter
 from .optimizer import FusedAdam
-from .precision import DevicePrecision, choose_precision, forward_flops, why_precision
+from .precision import (DevicePrecision, choose_precision, forward_flops, takes_channels_last,
+                                    why_precision)
 from .training_state import unchanged
 
 # %% ../nbs/28_learner.ipynb #a1c0002a
@@ -235,7 +236,8 @@ def _check_split(dl, n_splits):
 
 def _has_classes(dls, y):
     "Whether there is one category per image, and more than one in all"
-    if len(y)!=1 or not isinstance(y[0], TensorCategory): return False
+    several = len(y)!=1 or isinstance(y[0], TensorMultiCategory)  # which is a `TensorCategory`, too
+    if several or not isinstance(y[0], TensorCategory): return False
     if get_c(dls)==1: warnings.warn(
         f"all images have one label, '{dls.vocab[0]}': there is no kNN accuracy. fastai's from_folder takes the names "
         "of folders as labels; for images without labels see DataBlock(ImageBlock, ...)")
@@ -244,10 +246,15 @@ def _has_classes(dls, y):
 def _precision(precision, channels_last, dls, model, size, views_made):
     "What training computes in, tried on this machine where the sizes of the views are known"
     device = torch.device(dls.device or 'cpu')
-    asked = device.type=='cuda' and precision=='auto'
-    flops = dls.train.bs*forward_flops(model.encoder, (model.encoder.n_in,*size)) if asked else None
+    asked,shape = device.type=='cuda' and precision=='auto',(model.encoder.n_in,*size)
+    flops = dls.train.bs*forward_flops(model.encoder, shape) if asked else None
     half = DevicePrecision(*choose_precision(precision, channels_last, device, model.encoder, flops))
     half.auto,half.why = precision=='auto',why_precision(precision, half.dtype, device)
+    if half.channels_last and not takes_channels_last(model.encoder, shape):
+        if channels_last!='auto': raise ValueError(
+            f"channels_last=True does not go with {model.encoder.arch}, which cannot compute maps with channels last; "
+            "often a `view` in it should be `flatten`: leave channels_last out")
+        half.channels_last = False
     if device.type=='cpu':  # views of another kind are tried when the first batch comes
         half.shapes = {(model.encoder.n_in,*o.size) for o in views_made if isinstance(o, views.RandomView)}
         half.try_shapes(model, half.shapes, half.dtype)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
-from fastai.torch_basics import Pipeline, TensorImage, Transform
+from fastai.torch_basics import Pipeline, TensorImage, Transform, no_random
 from fastcore.basics import first
 from PIL import Image
 from torch import Tensor
@@ -45,6 +45,17 @@ def _all_as_validation(ds):
     if isinstance(ds, Datasets): return Datasets(tls=[_as_validation(tl) for tl in ds.tls], n_inp=ds.n_inp)
     return _as_validation(ds) if isinstance(ds, TfmdLists) else ds
 
+def _in_order(dl, **kwargs):
+    "Another loader, of the nearest class that draws no images of its own"
+    cls = next(c for c in type(dl).__mro__ if c.get_idxs is DataLoader.get_idxs)
+    return dl.new(cls=cls, **{'n':dl.n, **kwargs})
+
+def _another(dl, **kwargs):
+    "Another loader, with what its class knows, such as weights: `new` forgets it"
+    res = _in_order(dl, **kwargs)
+    res.__class__,res.__dict__ = type(dl),{**vars(dl), **vars(res)}
+    return res
+
 def clean_dl(
     dl:DataLoader, # Any fastai `DataLoader`, for training or validation
     normalize:bool=True, # False leaves `Normalize` out, so that images stay in [0, 1]
@@ -59,12 +70,8 @@ def clean_dl(
             fs = with_opener(getattr(dl, nm).fs)
             how[nm] = Pipeline(fs.filter(lambda f: normalize or not isinstance(f, Normalize)))
     if kwargs.get('num_workers')==0: how['timeout'] = 0  # torch refuses another one without workers
-    in_order = next(c for c in type(dl).__mro__ if c.get_idxs is DataLoader.get_idxs)
-    res = dl.new(dataset=_all_as_validation(dl.dataset), cls=in_order, **{**how, 'n':dl.n, **kwargs})
-    if sampled:  # with what a class of its own knows, such as weights: `new` forgets it
-        res.__class__ = type(dl)
-        res.__dict__ = {**vars(dl), **vars(res)}
-    return res
+    how = {**how, 'dataset':_all_as_validation(dl.dataset), **kwargs}
+    return _another(dl, **how) if sampled else _in_order(dl, **how)
 
 # %% ../nbs/12_loaders.ipynb #3b000008
 def get_normalize(
@@ -217,15 +224,19 @@ def size_of(
         f"{nm} must be a whole number of pixels or (height, width), got {size!r}")
     return tuple(map(int, sides))
 
-def set_size(
-    dls:DataLoaders, # Changed in place
+@no_random()  # a new loader draws a number
+def with_size(
+    dls:DataLoaders, # Stays as it is: other learners may use it
     size:tuple # (height, width)
-):
-    "Let `dls` give images of `size`, instead of an earlier size"
-    for dl in dls.loaders:
-        if hasattr(dl.after_batch, 'fs'):
-            dl.after_batch = Pipeline(dl.after_batch.fs.filter(lambda f: not isinstance(f, ResizeBatch)))
-    dls.add_tfms([ResizeBatch(size)], 'after_batch')
+) -> DataLoaders: # The same images, at `size` instead of an earlier size
+    "Images of one size"
+    def resized(dl):
+        if not len(dl.dataset): return dl
+        res = _another(dl)
+        res.after_batch = Pipeline([o for o in dl.after_batch.fs if not isinstance(o, ResizeBatch)])
+        res.after_batch.add(ResizeBatch(size))
+        return res
+    return type(dls)(*map(resized, dls.loaders), path=dls.path, device=dls.device)
 
 # %% ../nbs/12_loaders.ipynb #3b000019
 class ResizeBatch(Transform):

@@ -46,7 +46,7 @@ from .batch_norm import set_batch_norm
 from .evaluate import LateBar, check_classes, embed, embedding_loss, fit_logistic
 from .files import read_torch, write_torch
 from .images import set_opener
-from .loaders import clean_dl, first_images, normalize_stats, same_normalize, set_size, size_of
+from .loaders import clean_dl, first_images, normalize_stats, same_normalize, size_of, with_size
 from .models import (Embedder, Encoder, ReSSLModel, body_splitter, body_stem, create_encoder, get_arch,
                                  set_stem)
 
@@ -200,18 +200,17 @@ def _check_labelled(dls):
                       "dls.train now gives all of them in one batch (drop_last=False)")
 
 def _hand_over(learn, dls, teacher, size=None):
-    "A copy of the encoder that was tried on the images of `dls`, and whether its body gives maps"
+    "A copy of the encoder that was tried on the images of `dls`, whether its body gives maps, and `dls` at `size`"
     set_opener(dls)
-    (enc,_),x = pretrained_encoder(learn, teacher),first_images(dls)[0]
-    if size is not None:
-        set_size(dls, size)
-        x = x.new_zeros(*x.shape[:2], *size)
+    (enc,stats),x = pretrained_encoder(learn, teacher),first_images(dls)[0]
     if x.shape[1]!=enc.n_in: raise ValueError(
         f"the encoder was pretrained on images with {enc.n_in} channels, those of dls have {x.shape[1]}")
+    same_normalize(dls, stats, 'the encoder')
+    if size is not None: dls,x = with_size(dls, size),x.new_zeros(*x.shape[:2], *size)
     body = set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True)
     enc = Encoder(body, enc.arch, enc.n_in, tuple(x.shape[2:]))
     _check_labelled(dls)
-    with torch.no_grad(): return enc,enc[0].eval()(x.to(next(enc.parameters()))).ndim==4
+    with torch.no_grad(): return enc,enc[0].eval()(x.to(next(enc.parameters()))).ndim==4,dls
 
 def _size_for(learn, teacher, size):
     "What images are brought to: what was asked for, or the size of the views; None for as they are"
@@ -222,11 +221,10 @@ def _n_out(dls, n_out):
     if not n_out: raise ValueError("n_out must be given: dls does not tell how many outputs there are")
     return n_out
 
-def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
+def _as_pretrained(learn, dls, model, splitter, /, **kwargs):
     "A learner in the state that fastai leaves pretrained weights in"
     kwargs = dict(splitter=splitter, path=learn.path, model_dir=learn.model_dir) | kwargs
     res = Learner(dls, model, **kwargs)
-    same_normalize(dls, pretrained_encoder(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res
 
@@ -295,10 +293,10 @@ def to_classifier(self:Learner,
     _check_categories(dls)
     same_normalize(dls, pretrained_encoder(self, teacher)[1], 'the encoder')
     dls = _full_batches(dls)
-    enc,maps = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
+    enc,maps,dls = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     linear = nn.Linear(enc.nf, get_c(dls))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear) if maps else nn.Sequential(linear)
-    clf = _as_pretrained(self, dls, teacher, nn.Sequential(enc[0], head), body_splitter(enc[0], enc.arch), **kwargs)
+    clf = _as_pretrained(self, dls, nn.Sequential(enc[0], head), body_splitter(enc[0], enc.arch), **kwargs)
     features = Learner(dls, Embedder(enc, nn.Identity(), nn.Identity()), loss_func=embedding_loss)
     bar = [LateBar()] if hasattr(self, 'progress') else []
     x,y = embed(features, dls.train, cbs=bar)
@@ -326,10 +324,10 @@ def to_vision_learner(self:Learner,
     **kwargs
 ) -> Learner: # As `vision_learner` makes it of pretrained weights: all but the head is frozen, for `fine_tune`
     "An ordinary fastai learner with a copy of the pretrained encoder"
-    enc,maps = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
+    enc,maps,dls = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     model = add_head(enc[0], enc.nf, _n_out(dls, n_out), init, custom_head, concat_pool, maps, lin_ftrs, ps, first_bn,
                      bn_final, lin_first, y_range)
-    return _as_pretrained(self, dls, teacher, model, body_splitter(enc[0], enc.arch), **kwargs)
+    return _as_pretrained(self, dls, model, body_splitter(enc[0], enc.arch), **kwargs)
 
 # %% ../nbs/30_transfer.ipynb #c4a10014
 def layers_of(
@@ -362,14 +360,14 @@ def to_unet_learner(self:Learner,
     **kwargs
 ) -> Learner: # As `unet_learner` makes it of pretrained weights: the encoder is frozen, `fine_tune` goes on from there
     "A fastai U-Net around a copy of the pretrained encoder: for torchvision's and fastai's convolutional networks"
-    enc,_ = _hand_over(self, dls, teacher)
+    enc,_,dls = _hand_over(self, dls, teacher)
     size = tuple(first_images(dls)[0].shape[2:])
     body = layers_of(enc, size, 'a U-Net')
     model = DynamicUnet(body, _n_out(dls, n_out), size, self_attention=self_attention, blur=blur, last_cross=last_cross,
                         bottle=bottle, y_range=y_range)
     model.ressl_body = (enc[0],)  # where `load_encoder` finds stem and names; a tuple, so that no tensor is there twice
     splitter = body_splitter(body, enc.arch) if body is enc[0] else default_split
-    return _as_pretrained(self, dls, teacher, model, splitter, **kwargs)
+    return _as_pretrained(self, dls, model, splitter, **kwargs)
 
 # %% ../nbs/30_transfer.ipynb #10ae0021
 def encoder_learner(

@@ -239,3 +239,28 @@ def test_a_fifth_that_cannot_hold_every_class(monkeypatch):
         y = torch.arange(n)%k
         fit_logistic(torch.randn(n, 4), y)
         assert seen=={'classes':[k,k], 'held':held}
+
+class Viewed(nn.Module):
+    "Flattens maps by `view`, which does not go with channels last"
+    def __init__(self, n_in=3):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(n_in, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.last = nn.LazyLinear(16)
+    def forward(self, x):
+        x = self.body(x)
+        return self.last(x.view(len(x), -1))
+
+@pytest.mark.parametrize('n_in', [1, 3])
+def test_modules_that_flatten_by_view_train_by_default(monkeypatch, n_in):
+    "On processors and GPUs where channels last pay; who asks for them is told"
+    monkeypatch.setattr('ressl_fastai.precision.likes_channels_last', lambda device: True)
+    x = np.random.default_rng(0).integers(0, 256, (24,16,16,n_in), dtype=np.uint8)
+    def module():
+        res = Viewed(n_in)
+        res(torch.zeros(2, n_in, 16, 16))
+        return res
+    learn = ressl_learner(tensor_dls(x, bs=8), module(), precision='float32', **small)
+    assert not learn.precision.channels_last and embed(fit(learn))[0].isfinite().all()
+    assert ressl_learner(tensor_dls(x, bs=8), Own(n_in), precision='float32', **small).precision.channels_last
+    with pytest.raises(ValueError, match='channels_last=True does not go with Viewed'):
+        ressl_learner(tensor_dls(x, bs=8), module(), channels_last=True, **small)

@@ -436,3 +436,16 @@ def test_each_class_is_encoded_once(folder, monkeypatch):
     calls.clear()
     encoded_targets(ds)
     assert len(calls)<=3+1                                             # the first is looked at
+
+def test_missing_labels_in_lists_are_those_of_tables():
+    "A number that is missing among words is no class 'nan'"
+    x,words = np.zeros((12,8,8), np.uint8),['a','b',np.nan]*4
+    as_list,as_table = (tensor_dls(x, o, valid_pct=0.25, seed=0, bs=4) for o in (words, pd.Series(words)))
+    assert list(as_list.vocab)==list(as_table.vocab)==['a','b']
+    assert all(torch.equal(a, b) for dl,other in zip(as_list.loaders, as_table.loaders)
+               for a,b in zip(dl.targets, other.targets))
+    assert (as_list.train.targets[0]==-1).any()
+
+def test_arrays_of_16_bits_are_refused_in_words():
+    with pytest.raises(ValueError, match=r'x must be uint8 or floats in \[0, 1\], got torch.uint16 from 0 to 6e\+04'):
+        tensor_dls(np.array([[[0,60000]]*2]*4, dtype=np.uint16))

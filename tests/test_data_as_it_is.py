@@ -4,8 +4,8 @@ depth, pixels that are no numbers."""
 from functools import partial
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, MaskBlock,
-                               MultiCategoryBlock, PILImageBW, PointBlock, RegressionBlock, Resize, TensorImage,
+from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, CutMix, DataBlock, ImageBlock, IndexSplitter,
+                               MaskBlock, MixUp, MultiCategoryBlock, PILImageBW, PointBlock, RegressionBlock, Resize, TensorImage,
                                TransformBlock, get_image_files)
 from PIL import Image
 from helpers import NoBN, fit, make, same, state
@@ -141,3 +141,21 @@ def test_pixels_that_are_no_numbers(value):
     with learn.no_bar(), pytest.raises(ValueError, match=r'must be in \[0, 1\].*got values from .*(nan|inf|-0.5|300)'):
         learn.fit(1)
     assert all(v.isfinite().all() for v in learn.model.state_dict().values())
+
+def test_several_categories_train_with_the_metrics_of_the_default():
+    "There is no accuracy of neighbours then; `TensorMultiCategory` is a `TensorCategory`, too"
+    block = DataBlock((ImageBlock,MultiCategoryBlock), get_x=lambda i: ims[i], get_y=lambda i: ['a','b','c'][:i%4],
+                      splitter=IndexSplitter(range(4)))
+    learn = fit(make(block.dataloaders(range(n), bs=8, num_workers=0), NoBN(3), queue_size=8, metrics=None))
+    assert learn.metrics==[] and np.isfinite(learn.recorder.values[-1]).all()
+    block = DataBlock((ImageBlock,CategoryBlock), get_x=lambda i: ims[i], get_y=lambda i: i%3,
+                      splitter=IndexSplitter(range(4)))
+    one = make(block.dataloaders(range(n), bs=8, num_workers=0), NoBN(3), queue_size=8, metrics=None)
+    assert [m.name for m in one.metrics]==['knn_accuracy']  # control
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_labels_are_refused_before_training(mix):
+    learn = make(cbs=mix())
+    before = state(learn)
+    with pytest.raises(ValueError, match=f'{mix.__name__} mixes images and their labels'): fit(learn)
+    assert same(state(learn), before)

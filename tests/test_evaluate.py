@@ -306,3 +306,11 @@ def test_impossible_arguments_raise():
         (learn.linear_probe, dict(protocol='sgd'), 'protocol'),
     ):
         with pytest.raises(ValueError, match=f'{nm} must be'): f(**kw)
+
+def test_a_part_of_a_loader_is_not_taken_for_the_whole():
+    "fastai's `new(n=)` goes through the first items; what was kept of all is another thing"
+    learn = fit(make(digits_dls(8, bs=64)))
+    whole = embed(learn, learn.dls.valid)[0]
+    assert len(learn.embed(learn.dls.valid)[0])==len(whole)  # kept from now on
+    part = learn.embed(learn.dls.valid.new(n=20))[0]
+    torch.testing.assert_close(part, whole[:20], rtol=0, atol=1e-5)

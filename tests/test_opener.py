@@ -589,3 +589,17 @@ def test_rows_are_not_taken_for_channels():
     for shape,c in (((32,32,200),200), ((200,32,32),200), ((48,64,13),13), ((13,48,64),13), ((64,64,3),3)):
         x = np.random.rand(6, *shape).astype(np.float32)
         assert tensor_dls(x, bs=2).one_batch()[0].shape[1]==c, shape
+
+def test_a_grey_encoder_of_16_bits_looks_at_whatever_a_picture_comes_in(tmp_path):
+    "As `predict` and `test_dl` promise; an encoder of 8 bits does so by fastai's own `create`"
+    x = rng.integers(0, 2**16, (12,16,16), dtype=np.uint16)
+    files = [tmp_path/f'{i}.png' for i in range(len(x))]
+    for f,o in zip(files, x): Image.fromarray(o).save(f)
+    learn = fit(ressl_learner(dls_of(files, cls=PILImage16), net, **small, metrics=[]))
+    file = files[3]
+    with learn.no_bar():
+        want = learn.predict(file)[0]
+        for o in (str(file), file.read_bytes(), Image.open(file), x[3]):
+            torch.testing.assert_close(learn.predict(o)[0], want, rtol=0, atol=1e-5)
+        assert (learn.predict(files[4])[0]-want).abs().max()>1e-4  # control
+        assert learn.get_preds(dl=learn.dls.test_dl([str(file)]))[0].shape==(1,8)

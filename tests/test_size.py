@@ -13,7 +13,7 @@ from ressl_fastai.cli import ressl_embed, ressl_pretrain
 from ressl_fastai.data import folder_dls, tensor_dls
 from ressl_fastai.evaluate import embed
 from ressl_fastai.learner import ressl_learner
-from ressl_fastai.loaders import ResizeBatch, first_images, set_size
+from ressl_fastai.loaders import ResizeBatch, first_images, with_size
 from ressl_fastai.models import small_resnet
 from ressl_fastai.recipes import recipe
 from ressl_fastai.transfer import encoder_learner, load_encoder, read_encoder
@@ -84,7 +84,7 @@ def test_validation_compares_images_at_the_size_of_the_views():
     learn = quietly(make(metrics=[]))
     with learn.no_bar(): loss = learn.validate()[0]
     shrunk = make(make_dls(), metrics=[])
-    set_size(shrunk.dls, (12,12))
+    shrunk.dls = with_size(shrunk.dls, (12,12))
     shrunk.model.load_state_dict(learn.model.state_dict())
     shrunk.model.view_size = None
     with shrunk.no_bar():

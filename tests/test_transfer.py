@@ -235,6 +235,7 @@ def test_from_a_file(tmp_path, learn):
         file = learn.save_encoder('enc', teacher=teacher)
         want = probabilities(learn.to_classifier(few(), teacher=teacher))
         loaded = encoder_learner(file, dls := few(), arch)
+        if learn.precision.channels_last: loaded.model.to(memory_format=torch.channels_last)  # else rounding differs
         assert (probabilities(loaded.to_classifier(dls))-want).abs().max()<1e-5
         embedded = embed(loaded, loaded.dls.valid)[0]
         assert isinstance(loaded.model, ReSSLModel) and torch.equal(embedded, embed(learn, dls.valid, teacher)[0])
@@ -309,3 +310,34 @@ def test_files_go_where_those_of_the_learner_go(method, learn, tmp_path):
     clf.export()
     assert (tmp_path/'export.pkl').exists()
     assert getattr(learn, method)(dls, path=tmp_path/'mine').path==tmp_path/'mine'
+
+@pytest.mark.parametrize('how', ['to_classifier', 'to_vision_learner', 'label_efficiency'])
+def test_a_hand_over_at_another_size_leaves_the_loaders_as_they_are(how):
+    "A size for one learner is none for the next, nor for the pretraining that goes on"
+    dls = digits_dls(16, bs=64)
+    before = make(digits_dls(16, bs=64), arch, size=8, queue_size=64)
+    fit(before, 1)
+    with before.no_bar(): want = before.dls.after_batch.fs.map(type)
+    if how=='label_efficiency': before.label_efficiency(before.dls, 1, seeds=1, rows=('frozen features',))
+    else: getattr(before, how)(before.dls)
+    assert before.dls.after_batch.fs.map(type)==want and before.dls.one_batch()[0].shape[2:]==(16,16)
+    if how=='label_efficiency': return
+    first = getattr(before, how)(dls, metrics=accuracy)
+    with first.no_bar(): value = first.validate()
+    second = getattr(before, how)(dls, size=16)
+    with first.no_bar(): assert first.validate()==value
+    assert first.dls.one_batch()[0].shape[2:]==(8,8) and second.dls.one_batch()[0].shape[2:]==(16,16)
+    assert normalize_stats(dls)==normalize_stats(before.dls)  # as documented: that is added where it is missing
+
+def test_a_hand_over_at_another_size_keeps_the_weights_of_its_images():
+    "Weighted loaders draw as before; `new` alone forgets it"
+    from fastai.callback.data import WeightedDL
+    learn = fit(make(labelled_part(digits_dls(16, bs=64), range(300)), arch, size=8, queue_size=64), 1)
+    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=lambda i: ims[i].repeat(2, 0).repeat(2, 1),
+                      get_y=lambda i: y[i], splitter=IndexSplitter(range(200, 260)))
+    wgts = [1.]+199*[0.]
+    dls = block.weighted_dataloaders(range(260), wgts, bs=16, num_workers=0)
+    dls.valid = dls.valid.new(cls=type(dls.valid).__mro__[1])
+    clf = learn.to_vision_learner(dls)
+    assert type(clf.dls.train) is WeightedDL and set(clf.dls.train.get_idxs())=={0}
+    assert clf.dls.one_batch()[0].shape[2:]==(8,8)

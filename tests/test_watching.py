@@ -72,6 +72,29 @@ def test_tensorboard_gets_every_column(tmp_path):
     for nm in ('valid_loss','linear_accuracy','feature_std'):
         assert [o.value for o in written.Scalars(nm)]==pytest.approx(column(learn, nm), rel=1e-5)
 
+
+class Interrupt(Callback):
+    "Ctrl-C in the first batch of the second epoch"
+    def before_batch(self):
+        if self.epoch==1 and self.training: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('own', [False, True], ids=['of the fit', 'of the learner'])
+def test_the_column_of_an_interrupted_fit_is_gone(tmp_path, own):
+    "Fits after Ctrl-C show one column, a true one, or none"
+    learn = train(tmp_path, [], n_epoch=1)
+    if own: learn.add_cb(LinearProbe())
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging():
+        learn.fit(2, 3e-3, cbs=[Interrupt()] if own else [LinearProbe(), Interrupt()])
+    assert own or not learn.model.encoder._forward_hooks
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 3e-3)
+    assert learn.recorder.metric_names.count('linear_accuracy')==own
+    if own: return
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 3e-3, cbs=(probe := LinearProbe()))
+    x,y = embed(learn, learn.dls.valid)
+    with torch.no_grad(): right = (probe.head.eval()(x).argmax(1)==y).float().mean().item()
+    assert learn.recorder.metric_names.count('linear_accuracy')==1
+    assert column(learn, 'linear_accuracy')[-1]==pytest.approx(right, abs=1e-6)
+
 def test_the_probe_beside_the_training_leaves_the_method_of_the_same_name(tmp_path):
     probe = LinearProbe()
     dls = digits_dls(8)
