@@ -292,6 +292,7 @@ class KNNAccuracy(Metric):
         if learn.training: return
         self.learn = learn
         if not self._measured: return
+        if learn.yb[0] is getattr(getattr(learn, 'ressl', None), 'z_teacher', False): return  # images without labels
         check_classes(learn.yb[0], "the validation set's targets")
         x = _part(get_model(learn.model), self.teacher, self.projected)(*learn.xb).float()
         self.xs.append(learn.to_detach(x, cpu=False))
@@ -313,10 +314,10 @@ class KNNAccuracy(Metric):
     @property
     def value(self):
         if self.learn is None: return None
-        if not self._measured: return float('nan')
+        if not self._measured or not self.xs: return float('nan')
         x,y = embed(self.learn, self._bank_dl(self.learn.dls.train), self.teacher, self.projected)
         valid_y = torch.cat(self.ys)
-        if not ((y>=0).any() and (valid_y>=0).any()): return float('nan')  # a table with few labels
+        if y is None or not ((y>=0).any() and (valid_y>=0).any()): return float('nan')  # a table with few labels
         there = together([x, y, torch.cat(self.xs), valid_y], self.xs[0].device)
         return ranks_of(self.learn).from_rank0(lambda: knn_accuracy(*there, self.k, self.temp))
 
@@ -330,6 +331,7 @@ class LinearProbe(Callback):
         if not lr>0: raise ValueError(f"lr must be greater than 0, got {lr}")
         store_attr()
         self.head = self.hook = self.metric = None
+        self.kept = None  # of classifier and optimizer, in plain types, for `Checkpoint`
 
     @property
     def learn(self): return vars(self).get('_learner')
@@ -367,6 +369,12 @@ class LinearProbe(Callback):
         self.head.to(next(self.learn.model.parameters()).device)
         self.opt = torch.optim.Adam(self.head.parameters(), self.lr)
 
+    def before_train(self):
+        "Goes on with what `Checkpoint` may have given back"
+        if self.metric is None or self.kept is None: return
+        self.head.load_state_dict(self.kept['head'])
+        self.opt.load_state_dict(self.kept['opt'])
+
     def before_validate(self):
         "Images that were right, and images with a label"
         self.counts = torch.zeros(2, dtype=torch.long, device=next(self.learn.model.parameters()).device)
@@ -391,6 +399,7 @@ class LinearProbe(Callback):
             (loss/(y>=0).sum().clamp(min=1)).backward()
         self.opt.step()
         self.opt.zero_grad()
+        self.kept = dict(head=dict(self.head.state_dict()), opt=self.opt.state_dict())
 
     @torch.no_grad()
     def _count(self, x, y):

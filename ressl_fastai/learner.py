@@ -260,7 +260,7 @@ def _precision(precision, channels_last, dls, model, size, views_made):
         half.try_shapes(model, half.shapes, half.dtype)
     return half
 
-@delegates(Learner.__init__)
+@delegates(Learner.__init__, but=['model','loss_func'])
 def ressl_learner(
     dls:DataLoaders, # Any fastai vision `DataLoaders`, with labels or without; a missing `Normalize` is added
     arch, # torchvision or fastai model function (or `partial` of one), timm name, or `nn.Module`

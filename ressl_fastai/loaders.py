@@ -144,6 +144,11 @@ def spread(
     n = min(n, total)
     return [i*total//n for i in range(n)]
 
+def _spread_dl(dls, n, bs):
+    "Clean images spread over the training set, before normalisation"
+    idxs = spread(n, dls.train.n)
+    return clean_dl(dls.train, normalize=False, bs=bs, num_workers=0).new(get_idxs=lambda: idxs, n=len(idxs))
+
 def first_images(
     dls:DataLoaders, # Any fastai vision `DataLoaders`
     n:int=2 # Number of images
@@ -155,9 +160,7 @@ def first_images(
     if getattr(dls, 'n_inp', 1)!=1: raise ValueError(
         f"dls must have one image per item as input, it has n_inp={dls.n_inp}")
     if dls.train.n==0: raise ValueError("dls.train is empty")
-    idxs = spread(n, dls.train.n)
-    dl = clean_dl(dls.train, normalize=False, bs=len(idxs), num_workers=0)
-    b = dl.new(get_idxs=lambda: idxs).one_batch()
+    b = _spread_dl(dls, n, min(n, dls.train.n)).one_batch()
     b = b if isinstance(b, (tuple,list)) else (b,)
     check_images(b[0])
     check_channels(b[0].shape)
@@ -169,8 +172,13 @@ def image_stats(
     n:int=512 # Images looked at
 ) -> tuple: # Mean and standard deviation per channel, two lists
     "Statistics of the training images for `Normalize.from_stats`"
-    x = first_images(dls, n)[0].as_subclass(Tensor).float()
-    std,mean = torch.std_mean(x, (0,2,3))
+    n_pixels = sums = squares = 0
+    for b in _spread_dl(dls, n, dls.train.bs):  # batch by batch, as large images would fill the memory
+        x = (b[0] if isinstance(b, (tuple,list)) else b).as_subclass(Tensor).float()
+        pixels,(var,mean) = x[:,0].numel(),(o.double() for o in torch.var_mean(x, (0,2,3), correction=0))
+        n_pixels,sums,squares = n_pixels+pixels,sums+pixels*mean,squares+pixels*(var+mean**2)
+    mean = sums/n_pixels
+    std = ((squares/n_pixels-mean**2).clamp(min=0)*n_pixels/max(1, n_pixels-1)).sqrt()
     return mean.tolist(),std.clamp(min=1e-3).tolist()
 
 # %% ../nbs/12_loaders.ipynb #3b000015

@@ -14,6 +14,7 @@ from ressl_fastai.same_fit import fit_settings
 from ressl_fastai.callback import InfoNCEWarmup
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.checkpoint_file import last_checkpoint, read_checkpoint, write_checkpoint
+from ressl_fastai.evaluate import LinearProbe
 from ressl_fastai.files import hold
 from ressl_fastai.health import HealthMonitor
 from ressl_fastai.models import small_resnet
@@ -402,3 +403,9 @@ def test_mistakes_and_a_folder_in_use(tmp_path):
     with held(tmp_path):
         with pytest.raises(ValueError, match='is in use'): fit(make(), n=1, cbs=Checkpoint(tmp_path))
     hold(tmp_path).close()
+
+@pytest.mark.parametrize('every', [None, 3])
+def test_a_probe_beside_the_training_goes_on(tmp_path, every):
+    "Its classifier and its Adam, too: the column is that of a fit without interruption"
+    learn = check(tmp_path, 24, cbs=lambda: [LinearProbe()], every=every)
+    assert learn.recorder.metric_names[-2]=='linear_accuracy'

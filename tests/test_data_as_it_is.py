@@ -10,8 +10,9 @@ from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, CutMix, D
 from PIL import Image
 from helpers import NoBN, fit, make, same, state
 
+from ressl_fastai.data import TensorDL, tensor_dls
 from ressl_fastai.images import PILImage16, readable_images
-from ressl_fastai.loaders import first_images
+from ressl_fastai.loaders import first_images, image_stats
 from ressl_fastai.models import small_resnet
 
 n,side = 20,12
@@ -159,3 +160,19 @@ def test_mixed_labels_are_refused_before_training(mix):
     before = state(learn)
     with pytest.raises(ValueError, match=f'{mix.__name__} mixes images and their labels'): fit(learn)
     assert same(state(learn), before)
+
+def test_statistics_of_images_come_batch_by_batch(monkeypatch):
+    "As of all at once, where batches are of other sizes and differ; large images would fill the memory"
+    x = rng.integers(0, 256, (23,2,9,7)).astype(np.uint8)
+    x[:8] //= 4
+    dls = tensor_dls(x, valid_pct=0, bs=5)
+    std,mean = torch.std_mean(torch.tensor(x).double()/255, (0,2,3))
+    most = []
+    get = TensorDL._batch
+    def batch(self, rows, targets):
+        most.append(len(rows))
+        return get(self, rows, targets)
+    monkeypatch.setattr(TensorDL, '_batch', batch)
+    got = image_stats(dls)
+    torch.testing.assert_close(torch.tensor(got), torch.stack([mean,std]).float(), rtol=1e-6, atol=0)
+    assert sorted(most)==[3,5,5,5,5]

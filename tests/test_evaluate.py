@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from helpers import fit, make
 
 from ressl_fastai import evaluate
-from ressl_fastai.data import digits_dls
+from ressl_fastai.data import digits_dls, tensor_dls
 from ressl_fastai.evaluate import KNNAccuracy, _sgd_epochs, embed, fit_logistic, linear_accuracy
 from ressl_fastai.label_efficiency import labelled_part
 
@@ -314,3 +314,13 @@ def test_a_part_of_a_loader_is_not_taken_for_the_whole():
     assert len(learn.embed(learn.dls.valid)[0])==len(whole)  # kept from now on
     part = learn.embed(learn.dls.valid.new(n=20))[0]
     torch.testing.assert_close(part, whole[:20], rtol=0, atol=1e-5)
+
+def test_images_without_labels_have_no_accuracy_of_neighbours():
+    "A learner that gets other images goes on, its column says NaN; labels that are no categories are an error still"
+    learn = fit(make(digits_dls(8, bs=64), metrics=[KNNAccuracy()]))
+    assert 0<=learn.recorder.values[-1][-1]<=1
+    x = np.random.default_rng(0).integers(0, 256, (200,8,8), dtype=np.uint8)
+    learn.dls = tensor_dls(x, bs=64)
+    assert math.isnan(fit(learn).recorder.values[-1][-1])
+    learn.dls = tensor_dls(x, np.linspace(0, 1, 200), y_block=RegressionBlock, bs=64)
+    with pytest.raises(ValueError, match='must hold one category per image'): fit(learn)
