@@ -22,7 +22,7 @@ from ressl_fastai.callback import InfoNCEWarmup
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.distributed import Alone, Ranks, TrainTogether, ranks_of
-from ressl_fastai.evaluate import KNNAccuracy
+from ressl_fastai.evaluate import KNNAccuracy, LinearProbe
 from ressl_fastai.health import HealthMonitor
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.loaders import get_normalize
@@ -199,6 +199,11 @@ def watched(folder, n):
     with learn.no_bar(), learn.distrib_ctx(): learn.fit(4, 0.05)
     return dict(values=learn.recorder.values, health=learn.health_monitor.history, model=learn.model.state_dict())
 
+def probed(n):
+    learn = make(12//n, n=60, n_valid=12, cbs=[probe := LinearProbe()])
+    with learn.no_bar(), learn.distrib_ctx(): learn.fit(3, 0.05)
+    return dict(column=[float(o[-1]) for o in learn.recorder.values], counts=probe.counts.tolist())
+
 def looked_at(n):
     "In the context the processes share the work, outside each is alone"
     learn = make(12//n)
@@ -222,6 +227,7 @@ def decide(folder, n):
     if n==2:
         with redirect_stdout(said := io.StringIO()): res['guarded'] = guarded()
         res['said'] = said.getvalue()
+        res['probed'] = probed(n)
     return res
 
 @pytest.fixture(scope='module')
@@ -230,6 +236,13 @@ def decided(tmp_path_factory):
     Ranks_fork,Ranks.fork_random = Ranks.fork_random,fixed_seed
     try: return decide(folders[0], 1),together(2, decide, folders[1], 2),folders
     finally: Ranks.fork_random = Ranks_fork
+
+def test_a_probe_has_one_accuracy_in_all_processes(decided):
+    "Of all validation images: what stops by it stops everywhere. Each process has counted its own"
+    a,b = (o['probed'] for o in decided[1])
+    (right,seen),(other_right,other_seen) = a['counts'],b['counts']
+    assert seen==other_seen==6 and a['column']==b['column']
+    assert a['column'][-1]==pytest.approx((right+other_right)/12)
 
 def test_all_stop_when_one_has_nan(decided):
     a,b = (o['guarded'] for o in decided[1])
