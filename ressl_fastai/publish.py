@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from fastai.learner import Learner
-from fastai.torch_core import get_model
+from fastai.torch_core import get_model, no_random
 from fastai.vision.learner import TimmBody
 from fastcore.basics import first, patch
 from torch import nn
@@ -145,6 +145,7 @@ def _short(values): return [float(f'{v:.4g}') for v in values]
 
 # %% ../nbs/36_publish.ipynb #pb14
 @patch
+@no_random()  # the caller's random state stays as it is
 def save_weights(self:Learner,
     file:str|Path, # Name in `path/model_dir`, or an absolute path, ending in '.pth' or '.safetensors'
     teacher:bool=False # The teacher's encoder instead of the student's
@@ -183,6 +184,7 @@ def _results(learn):
 
 # %% ../nbs/36_publish.ipynb #pb28
 @patch
+@no_random()  # the caller's random state stays as it is
 def model_card(self:Learner,
     file:str|Path='README.md', # Name in `learn.path`, or an absolute path; an older file is replaced
     weights:str='encoder.safetensors', # Name of the file that `save_weights` wrote, for the lines that load it

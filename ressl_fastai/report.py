@@ -530,6 +530,7 @@ def _made_sections(learn, seen):
     return made
 
 @patch
+@no_random()  # the caller's random state stays as it is
 def report(self:Learner,
     file:str|Path='report.html', # Name in `learn.path`, or an absolute path; an older file is replaced
     n:int=None, # Images looked at of each set, at most; default: 2,000, fewer if they are larger than 96 pixels

@@ -1,13 +1,14 @@
 """The encoder in other hands: the lines that are printed and stand in the card are run as they are, and what they give
 is compared with the encoder."""
 
-import json, re, sys
+import json, random, re, sys
 from functools import partial
 from inspect import signature
 from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
 from fastai.learner import Learner
+from sklearn.datasets import load_digits
 from torch import nn
 
 import ressl_fastai.publish
@@ -223,3 +224,16 @@ def test_the_hub_recipe_calls_what_there_is():
     for nm in ('create_repo', 'upload_folder'):
         used = re.search(rf'api\.{nm}\((.*?)\)\n', text, flags=re.S)[1]
         assert set(re.findall(r'(\w+)=', used))<=set(signature(getattr(hub.HfApi, nm)).parameters)
+
+@pytest.mark.parametrize('how', ['save_weights', 'model_card', 'report'])
+def test_what_is_written_between_two_fits_leaves_the_random_state(tmp_path, how):
+    "A training that goes on is the same with and without it"
+    x,y = load_digits(return_X_y=True)
+    dls = tensor_dls((x.reshape(-1, 8, 8)[:96]*15).astype(np.uint8), y[:96], bs=16)
+    learn = ressl_learner(dls, partial(small_resnet, widen=0.125), queue_size=16, n_hidden=8, dim=4, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        state = random.getstate(),np.random.get_state()[1].copy(),torch.get_rng_state()
+        getattr(learn, how)(**({'file':'a.pth'} if how=='save_weights' else {}))
+    assert random.getstate()==state[0] and (np.random.get_state()[1]==state[1]).all()
+    assert torch.equal(torch.get_rng_state(), state[2])
