@@ -5,8 +5,8 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.vision.all import (BBoxBlock, BBoxLblBlock, CategoryBlock, CutMix, DataBlock, ImageBlock, IndexSplitter,
-                               MaskBlock, MixUp, MultiCategoryBlock, PILImageBW, PointBlock, RegressionBlock, Resize, TensorImage,
-                               TransformBlock, get_image_files)
+                               MaskBlock, MixUp, MultiCategoryBlock, PILImageBW, PointBlock, RegressionBlock, Resize,
+                               TensorImage, TransformBlock, get_image_files)
 from PIL import Image
 from helpers import NoBN, fit, make, same, state
 
