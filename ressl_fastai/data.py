@@ -293,7 +293,7 @@ class TensorDL(TfmdDL):
     def _batch(self, rows, targets):
         kept = self.images.device
         device = kept if kept.type!='cpu' else self.device or kept
-        if device.type=='cpu' or get_worker_info() is not None: return self.images[rows].contiguous(),*targets
+        if device.type=='cpu' or get_worker_info() is not None: return self.images[rows],*targets
         there,*targets = send([rows, *targets], device)
         return self.images[there] if kept.type!='cpu' else _fetch(self.images, rows, device),*targets
 

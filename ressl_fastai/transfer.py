@@ -202,10 +202,9 @@ def _check_labelled(dls):
 def _hand_over(learn, dls, teacher, size=None):
     "A copy of the encoder that was tried on the images of `dls`, whether its body gives maps, and `dls` at `size`"
     set_opener(dls)
-    (enc,stats),x = pretrained_encoder(learn, teacher),first_images(dls)[0]
+    (enc,_),x = pretrained_encoder(learn, teacher),first_images(dls)[0]
     if x.shape[1]!=enc.n_in: raise ValueError(
         f"the encoder was pretrained on images with {enc.n_in} channels, those of dls have {x.shape[1]}")
-    same_normalize(dls, stats, 'the encoder')
     if size is not None: dls,x = with_size(dls, size),x.new_zeros(*x.shape[:2], *size)
     body = set_batch_norm(deepcopy(enc[0]), 'plain').requires_grad_(True)
     enc = Encoder(body, enc.arch, enc.n_in, tuple(x.shape[2:]))
@@ -221,10 +220,11 @@ def _n_out(dls, n_out):
     if not n_out: raise ValueError("n_out must be given: dls does not tell how many outputs there are")
     return n_out
 
-def _as_pretrained(learn, dls, model, splitter, /, **kwargs):
+def _as_pretrained(learn, dls, teacher, model, splitter, /, **kwargs):
     "A learner in the state that fastai leaves pretrained weights in"
     kwargs = dict(splitter=splitter, path=learn.path, model_dir=learn.model_dir) | kwargs
     res = Learner(dls, model, **kwargs)
+    same_normalize(dls, pretrained_encoder(learn, teacher)[1], 'the encoder')
     res.freeze()
     return res
 
@@ -296,7 +296,7 @@ def to_classifier(self:Learner,
     enc,maps,dls = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     linear = nn.Linear(enc.nf, get_c(dls))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear) if maps else nn.Sequential(linear)
-    clf = _as_pretrained(self, dls, nn.Sequential(enc[0], head), body_splitter(enc[0], enc.arch), **kwargs)
+    clf = _as_pretrained(self, dls, teacher, nn.Sequential(enc[0], head), body_splitter(enc[0], enc.arch), **kwargs)
     features = Learner(dls, Embedder(enc, nn.Identity(), nn.Identity()), loss_func=embedding_loss)
     bar = [LateBar()] if hasattr(self, 'progress') else []
     x,y = embed(features, dls.train, cbs=bar)
@@ -327,7 +327,7 @@ def to_vision_learner(self:Learner,
     enc,maps,dls = _hand_over(self, dls, teacher, _size_for(self, teacher, size))
     model = add_head(enc[0], enc.nf, _n_out(dls, n_out), init, custom_head, concat_pool, maps, lin_ftrs, ps, first_bn,
                      bn_final, lin_first, y_range)
-    return _as_pretrained(self, dls, model, body_splitter(enc[0], enc.arch), **kwargs)
+    return _as_pretrained(self, dls, teacher, model, body_splitter(enc[0], enc.arch), **kwargs)
 
 # %% ../nbs/30_transfer.ipynb #c4a10014
 def layers_of(
@@ -367,7 +367,7 @@ def to_unet_learner(self:Learner,
                         bottle=bottle, y_range=y_range)
     model.ressl_body = (enc[0],)  # where `load_encoder` finds stem and names; a tuple, so that no tensor is there twice
     splitter = body_splitter(body, enc.arch) if body is enc[0] else default_split
-    return _as_pretrained(self, dls, model, splitter, **kwargs)
+    return _as_pretrained(self, dls, teacher, model, splitter, **kwargs)
 
 # %% ../nbs/30_transfer.ipynb #10ae0021
 def encoder_learner(

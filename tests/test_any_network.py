@@ -254,7 +254,7 @@ class Viewed(nn.Module):
 def test_modules_that_flatten_by_view_train_by_default(monkeypatch, n_in):
     "On processors and GPUs where channels last pay; who asks for them is told"
     monkeypatch.setattr('ressl_fastai.precision.likes_channels_last', lambda device: True)
-    x = np.random.default_rng(0).integers(0, 256, (24,16,16,n_in), dtype=np.uint8)
+    x = np.random.default_rng(0).integers(0, 256, (24,n_in,16,16), dtype=np.uint8)
     def module():
         res = Viewed(n_in)
         res(torch.zeros(2, n_in, 16, 16))

@@ -27,8 +27,9 @@ def same(x): return x
 
 def learner(n=256, views=(same, same), bs=32, queue_size=64):
     kw = dict(
-        n_hidden=16, dim=8, queue_size=queue_size, metrics=[], guard=False
-    )  # the guard reads a copy that was made without waiting
+        n_hidden=16, dim=8, queue_size=queue_size, metrics=[], guard=False,
+        precision='float32', channels_last=False
+    )  # the guard reads a copy that was made without waiting; another layout or type is a copy of the network's
     return ressl_learner(tensor_dls(x[:n], valid_pct=0, bs=bs), net(), weak_tfms=views[0], strong_tfms=views[1], **kw)
 
 def fit(learn):
