@@ -33,6 +33,7 @@ from fastcore.foundation import L
 
 from .checkpoint_file import delete_others, last_checkpoint, write_checkpoint
 from .distributed import ranks_of
+from .evaluate import OfOneFit
 from .files import hold
 from .fingerprint import is_library
 from .same_fit import continue_data, differences, fit_data, fit_settings, is_small, other_data
@@ -43,7 +44,7 @@ from .training_state import (continue_csvs, csv_starts, drop_lone_headers, end_l
 # %% ../nbs/27_checkpoint.ipynb #c7a00021
 _locks = {}  # by folder: one of this process is closed before another is opened, since closing would free both
 
-class Checkpoint(Callback):
+class Checkpoint(OfOneFit, Callback):
     "Keep the state of a fit on disk, and continue from it"
     order,run_valid,remembered = math.inf,False,False
     def __init__(self,
@@ -59,14 +60,6 @@ class Checkpoint(Callback):
     def _reset(self):
         self.rows,self.files,self.lost = [],[],set()
         self.state,self.to_skip,self.trained = None,0,False
-
-    @property
-    def learn(self): return vars(self).get('_learn')
-    @learn.setter
-    def learn(self, learn):
-        "fastai takes a fit's callbacks away when it ends, also by an error or Ctrl-C"
-        if learn is None: self._let_go()
-        vars(self)['_learn'] = learn
 
     def _let_go(self):
         "Others go on, the folder is free, rows are written where they were before the fit"

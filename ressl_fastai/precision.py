@@ -1,7 +1,7 @@
 """bfloat16 autocast and channels-last layout on the device of the data, where they pay.
 
-Convolutions in bfloat16 are faster on processors made for that, and slower on others; on maps with channels last most are faster on both.
-`choose_precision` says which is which, `DevicePrecision` puts it into practice.
+Convolutions in bfloat16 are faster on processors made for that, and slower on others; with channels last they are
+faster on both. `choose_precision` says what pays, `DevicePrecision` puts it into practice.
 
 fastai's `MixedPrecision` opens `autocast('cuda')` on any device, and leaves it open when a batch is interrupted. Here
 the model itself opens autocast around its forward pass (`Embedder.autocast`), for the device of its images and in
