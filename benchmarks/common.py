@@ -15,7 +15,7 @@ root = Path(__file__).resolve().parent.parent
 
 def _git(*args): return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True).stdout.strip()
 
-def _cpu():
+def cpu():
     "Name of the processor and what of it speeds up half precision (Linux)"
     try: info = Path('/proc/cpuinfo').read_text()
     except OSError: return platform.processor() or platform.machine()
@@ -39,7 +39,7 @@ def receipt(benchmark, seed=None, **measured):
             python=platform.python_version(),
         ),
         device='cpu',
-        cpu=_cpu(),
+        cpu=cpu(),
         cpus=os.cpu_count(),
         threads=torch.get_num_threads(),
         **measured,

@@ -14,7 +14,7 @@ pictures shows the same thing. tiles: squares of 37 photographs, see hand_over.p
 fashion: 10,000 and 10,000 pictures of Fashion-MNIST; others: as emoji, with Apple's pictures in place of Google's and
 Facebook's of Twitter's. Both are kept aside for what has won."""
 
-import argparse, json, os, platform, time, traceback
+import argparse, json, os, platform, sys, time, traceback
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def smaller_first(share=0.75, side=24):
 def levers():
     "Name: what `ressl_learner` and the fit are told"
     from fastai.callback.schedule import SchedCos
-    from fastai.optimizer import SGD, ranger
+    from fastai.optimizer import SGD, Lamb, Larc, ranger
     from ressl_fastai.callback import InfoNCEWarmup
     from ressl_fastai.views import strong_tfms as strong, weak_tfms as weak
     def warmup(hold, ramp=0., end=0.): return InfoNCEWarmup(hold, ramp, fraction=True, end=end)
@@ -92,6 +92,8 @@ def levers():
         'wd 0.1': dict(wd=0.1),
         'SGD': dict(opt_func=partial(SGD, mom=0.9), lr=0.1, wd=5e-4),
         'ranger': dict(opt_func=ranger),
+        **{f'LARS, lr {o:g}': dict(opt_func=partial(Larc, clip=False), lr=o) for o in (0.03,0.1,0.3)},
+        **{f'LAMB, lr {o:g}': dict(opt_func=Lamb, lr=o) for o in (3e-3,1e-2,3e-2)},
         'bs 32': dict(bs=32),
         'bs 128': dict(bs=128, lr=3e-3),
         'queue 256': dict(queue_size=256),
@@ -205,6 +207,7 @@ class Pool:
         for p in self.ps: p.start()
         self.found,self.end = {},args.start+args.seconds
         self.common = dict(benchmark='levers', date=time.strftime('%F'), commit=os.environ.get('COMMIT', ''),
+            command=' '.join(['benchmarks/levers.py', *sys.argv[1:]]),
             versions=dict(torch=torch.__version__, python=platform.python_version()), workers=args.workers,
             device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', cpus=os.cpu_count())
 

@@ -8,11 +8,11 @@ n: the sets and seeds that the receipts hold. Machine: that of each receipt.
     cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.1,0.2    # tries it
     cd benchmarks; python -W ignore minutes.py --sets tiles --seeds 0 --minutes 0.2 --only ours    # its memory, too
 
-One JSON line per set, case and seed in results/minutes.jsonl, cases that are there already are left out. Minutes are of
-processor time of one thread, with data, views and everything but evaluation. What else runs on the machine takes less
-from a case than it would by the clock, but not nothing, as caches are shared: leave it alone. Encoder: `small_resnet`
-with `stem='small_pool'`, 32 pixels. Sets and measures are those of levers.py: kNN, ten labels per class, and on emoji
-how often the nearest picture of the other vendor shows the same thing.
+One JSON line per set, case and seed in results/minutes.jsonl, cases that are there already, of this kind of processor,
+are left out. Minutes are of processor time of one thread, with data, views and everything but evaluation. What else
+runs on the machine takes less from a case than it would by the clock, but not nothing, as caches are shared: leave it
+alone. Encoder: `small_resnet` with `stem='small_pool'`, 32 pixels. Sets and measures are those of levers.py: kNN, ten
+labels per class, and on emoji how often the nearest picture of the other vendor shows the same thing.
 
 - `ours`: `ressl_learner(dls, small_resnet)`, its learning rate and batch, one cycle over each number of minutes
 - `lightly MoCo`, `lightly BYOL`, `lightly SimCLR`: the loops of lightly's examples for small images (256 pictures in a
@@ -47,7 +47,7 @@ from self_supervised.vision.moco import MOCO, create_moco_model, get_moco_aug_pi
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from common import receipt, root
+from common import cpu, receipt, root
 from continued import learner
 from hand_over import train
 from levers import imagenet, load, quality
@@ -228,7 +228,7 @@ def main(
             arrays = load(Path(data), name)
             x = arrays['x'].contiguous()
             for case in only.split(';') if only else cases:
-                if there(data=name, case=case, seed=seed, minutes=wanted): continue
+                if there(data=name, case=case, seed=seed, minutes=wanted, cpu=cpu()): continue
                 set_seed(seed, reproducible=True)
                 device,found,memory,before = torch.device('cpu'),[],None,peak_memory()
                 for m,net,n in cases[case](x, wanted):
