@@ -51,10 +51,11 @@ def halves(model):
     parts = nn.ModuleList(first),nn.ModuleList([third,fourth]),model.projector
     return [list(o.parameters()) for o in parts]
 
-def new_statistics(net, x):
-    "`net` with the batch statistics of `x`"
-    mean,std = imagenet
-    update_bn([(o.permute(0,3,1,2).float()/255-mean)/std for o in x.split(256)], net)
+def new_statistics(net, x, stats=imagenet):
+    "`net` with the batch statistics of `x`, which `stats` normalise"
+    mean,std = stats
+    shuffled = x[torch.randperm(len(x))]  # or batches would be of one class, and less varied than all of them
+    update_bn(((o.permute(0,3,1,2).float()/255-mean)/std for o in shuffled.split(256)), net)
     return net
 
 def source(folder, data, seed, minutes, x):

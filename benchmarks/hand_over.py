@@ -73,7 +73,7 @@ photographs = {
 }
 
 
-def tiles(cols=12, rows=9, gap=8):
+def tiles(cols=12, rows=9, gap=8, size=size):
     "(n, size, size, 3) uint8 squares of the photographs, and which photograph each is of"
     pitch,xs,ys = size+gap,[],[]
     files = [Path('/usr/share')/form.format(nm) for form,names in photographs.items() for nm in names.split()]
@@ -86,15 +86,15 @@ def tiles(cols=12, rows=9, gap=8):
         ys += [i]*cols*rows
     return np.stack(xs),np.array(ys)
 
-def arrays(data):
+def arrays(data, size=size):
     "Images that are pretrained on, then training images and labels, test images and labels"
     if data=='tiles':
-        x,y = tiles()
+        x,y = tiles(gap=size//4, size=size)
         rng = np.random.default_rng(0)
         test = np.sort(np.concatenate([rng.permutation(np.flatnonzero(y==c))[:30] for c in np.unique(y)]))
         train = np.setdiff1d(np.arange(len(y)), test)
         return x[train],x[train],y[train],x[test],y[test]
-    pics = {v:emoji(v) for v in ('twitter','google')}
+    pics = {v:emoji(v, size) for v in ('twitter','google')}
     keep = {v:y!='Component' for v,(_,y,_) in pics.items()}   # five pictures of hair and skin
     return np.concatenate([x for x,_,_ in pics.values()]),*(o[keep[v]] for v in pics for o in pics[v][:2])
 

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 size,lr,n_images = 32,2e-3,64_000
 imagenet = [torch.tensor(o)[:,None,None] for o in ((0.485,0.456,0.406), (0.229,0.224,0.225))]  # mean, deviation
 
-def two_vendors(bank, test):
+def two_vendors(bank, test, size=size):
     "Pictures of both to pretrain on; bank, test, and which of them show the same thing"
     from common import emoji
-    (gx,gy,gu),(tx,ty,tu) = emoji(bank),emoji(test)
+    (gx,gy,gu),(tx,ty,tu) = emoji(bank, size),emoji(test, size)
     x,few = np.concatenate([gx,tx]),'Component'  # five pictures
     gx,gu,gy,tx,tu,ty = gx[gy!=few],gu[gy!=few],gy[gy!=few],tx[ty!=few],tu[ty!=few],ty[ty!=few]
     names = sorted(set(gy))

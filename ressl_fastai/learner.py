@@ -318,7 +318,9 @@ def ressl_learner(
                          cbs=L(ressl, half, TimeLeft())+L(Guard() if guard else None)+L(cbs), **kwargs)
     if kwargs.get('path') is not None: make_folder(learn.path)  # `report` and `export` write there
     if half.dtype==torch.float16: learn.to_fp16()  # the scaler of gradients
-    if get_normalize(dls) is None: add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
+    if get_normalize(dls) is None:
+        pretrained = pretrained or isinstance(arch, torch.nn.Module)  # a module may be
+        add_normalize(dls, _stats(dls, model.encoder[0], n_in, pretrained), measured=n_in!=3)
     look_at_files(dls)
     return learn
 

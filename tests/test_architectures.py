@@ -120,3 +120,11 @@ def test_pretrained_weights_bring_their_statistics(monkeypatch):
     for pretrained,stats in ((True, create('test_vit').default_cfg['mean']), (False, imagenet_stats[0])):
         norm = get_normalize(make('test_vit', size=size, pretrained=pretrained).dls)
         assert norm.mean.flatten().tolist()==pytest.approx(list(stats))
+
+def test_timm_modules_bring_their_statistics():
+    "They may hold pretrained weights, which ImageNet's statistics would not suit; a network of another library has none"
+    net = timm.create_model('tf_efficientnet_lite0')
+    assert net.default_cfg['mean']!=imagenet_stats[0]
+    for arch,mean in ((net, net.default_cfg['mean']), (Own(), imagenet_stats[0])):
+        norm = get_normalize(make(arch, size=32).dls)
+        assert norm.mean.flatten().tolist()==pytest.approx(list(mean))
