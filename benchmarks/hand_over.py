@@ -26,8 +26,8 @@ Compared on the same draws of labels, with the package's defaults, nothing tuned
 - `fine_tune(10)`, what README said before, on `to_vision_learner`: few steps with few labels; `fine-tuned`, the same
   learner, unfrozen, for a third of the seconds of pretraining; `trained on`, the classifier, unfrozen, for as long, at
   a tenth of the learning rate
-- logistic regression on a `random encoder`, on `pixels` averaged down to 8 x 8, on a `colour histogram` of 8 x 8 x 8
-  bins
+- logistic regression on a `random encoder` (with the batch statistics of the pictures since 28 November), on `pixels`
+  averaged down to 8 x 8, on a `colour histogram` of 8 x 8 x 8 bins
 """
 
 import json, os, time
@@ -134,7 +134,7 @@ def pretrain(data, x, seed, minutes, colour):
         dls = tensor_dls(x, valid_idx=range(64))
         strong = strong_tfms(size, jitter=(0.4,0.4,0.,0.), gray_p=0.) if colour else None
         learn = ressl_learner(dls, small_resnet, stem='small_pool', n_hidden=512, queue_size=1024, strong_tfms=strong)
-        steps = train(learn, 60*minutes)
+        steps = train(learn, 60*minutes) if minutes else 0
         for file,teacher in zip(files, (False,True)): learn.save_encoder(file, teacher=teacher)
         note.write_text(json.dumps(steps))
     return *files,json.loads(note.read_text())
@@ -203,7 +203,7 @@ def main(
     data:str='tiles,emoji', # What to run
     seeds:str='0,1,2', # Seeds of pretraining, first weights and draws of labels
     labels:str='5,10,50', # Labels per class
-    minutes:float=1., # Of pretraining, of processor time
+    minutes:float=1., # Of pretraining, of processor time; 0 is for the rows that need none
     rows:str='', # Rows, all without it
     colour:bool=False # Views that keep the colour, for pictures that it tells apart
 ):

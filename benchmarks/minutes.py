@@ -22,7 +22,7 @@ labels per class, and on emoji how often the nearest picture of the other vendor
   benchmark too (128 pictures, SGD 0.06, momentum 0.9, weight decay 5e-4, cosine to zero), one training for
   each number of minutes
 - `self_supervised MOCO`: its callback and kornia's views in a fastai `Learner`, one cycle over each number of minutes
-- `random encoder`, `pixels`: nothing is trained"""
+- `random encoder`, `pixels`: nothing is trained; `..., statistics`: batch norms have those of the pictures"""
 
 import json, resource, time
 from contextlib import contextmanager, nullcontext
@@ -48,7 +48,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from common import cpu, receipt, root
-from continued import learner
+from continued import learner, new_statistics
 from hand_over import train
 from levers import imagenet, load, quality
 from ressl_fastai.models import create_encoder, small_resnet
@@ -198,9 +198,10 @@ cases = {'ours':ours, **{f'lightly {k}':lightly(o) for k,o in methods.items()},
 # what nothing was trained for
 
 def untrained(x, minutes): yield 0,encoder(),0
+def with_statistics(x, minutes): yield 0,new_statistics(encoder(), x),0
 def pixels(x, minutes): yield 0,nn.Flatten(),0
 
-cases |= {'random encoder':untrained, 'pixels':pixels}
+cases |= {'random encoder':untrained, 'random encoder, statistics':with_statistics, 'pixels':pixels}
 
 def peak_memory():
     "Megabytes that this process has held at most"

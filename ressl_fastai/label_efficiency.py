@@ -37,7 +37,7 @@ from sklearn.metrics import recall_score
 from torch import nn, Tensor
 
 from .data import cached_dls
-from .evaluate import check_classes, embed, fit_logistic, pixel_features
+from .evaluate import check_classes, embed, fit_logistic, measure_batch_norms, pixel_features
 from .loaders import clean_dl, first_images, subset
 from .models import create_encoder, get_arch
 import ressl_fastai.transfer  # to_vision_learner
@@ -147,7 +147,8 @@ def _predictor(row, learn, dls, pixels, y, seed, arch, teacher, n_steps, lr):
         make = partial(vision_learner, arch=arch or get_arch(enc.arch), normalize=False, n_in=enc.n_in)
         return _trained(make, dls, n_steps, lr)
     fresh = _fresh(learn, arch, seed)
-    return linear(fresh) if row=='random encoder' else _trained(fresh.to_vision_learner, dls, n_steps, lr)
+    if row=='random encoder': return linear(measure_batch_norms(fresh))
+    return _trained(fresh.to_vision_learner, dls, n_steps, lr)
 
 # %% ../nbs/34_label_efficiency.ipynb #11ae0023
 @patch

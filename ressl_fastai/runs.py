@@ -39,8 +39,8 @@ from .callback import InfoNCEWarmup
 from .checkpoint import Checkpoint
 from .data import cached_dls, digits_dls, encoded_targets, find_data, folder_dls, free_memory
 from .distributed import join_processes, ranks_of
-from .evaluate import (KNNAccuracy, fixed_choice, knn_accuracy, linear_accuracy, many, pixel_features,
-                                   principal_components, together)
+from .evaluate import (KNNAccuracy, fixed_choice, knn_accuracy, linear_accuracy, many, measure_batch_norms,
+                                   pixel_features, principal_components, together)
 from .files import check_writable, hold, make_folder, to_disk, write_text, write_torch, writing
 from .health import HealthMonitor
 from .interpret import model_device
@@ -407,7 +407,7 @@ def _write_results(learn, run, config, report=True):
     _show(f"repeat:   {config['command']}")
     if run.labelled:
         _talk(f"embedding {dls.train.n+dls.valid.n:,} images with a random encoder")
-        random = _knn(partial(_roughly_embedded, run.random_learn), dls)
+        random = _knn(partial(_roughly_embedded, measure_batch_norms(run.random_learn)), dls)
         config['knn_accuracy'] = {'raw pixels':run.pixels, 'random encoder':random,
                                   'pretrained encoder':float(history.knn_accuracy.iloc[-1])}
         print(f"\nkNN accuracy on the {dls.valid.n} held-out images")
@@ -479,7 +479,8 @@ def _label_numbers(text, y):
 def _at_their_size(file, dls, trained=True):
     "`encoder_learner` that sees the images of `dls` as large as they are"
     learn = encoder_learner(file, dls, trained=trained)
-    learn.model.view_size = None
+    was,learn.model.view_size = learn.model.view_size,None
+    if not trained and was not in (None, tuple(first_images(dls, 1)[0].shape[2:])): measure_batch_norms(learn)
     last = choose_precision('auto', 'auto', model_device(learn))[1]
     if last: learn.model.to(memory_format=torch.channels_last)  # as in training
     return learn

@@ -43,7 +43,8 @@ from torch import nn, Tensor
 
 from . import __version__
 from .batch_norm import set_batch_norm
-from .evaluate import LateBar, check_classes, embed, embedding_loss, fit_logistic
+from .evaluate import (LateBar, check_classes, embed, embedding_loss, fit_logistic,
+                                   measure_batch_norms)
 from .files import read_torch, write_torch
 from .images import set_opener
 from .loaders import clean_dl, first_images, normalize_stats, same_normalize, size_of, with_size
@@ -374,7 +375,7 @@ def encoder_learner(
     file:str|Path, # Encoder file, as from `save_encoder` or `ressl_pretrain`
     dls:DataLoaders, # Any fastai vision `DataLoaders`; they get the normalisation of pretraining
     arch=None, # What the encoder was made with; default: by the name in the file, which no `partial` or own module has
-    trained:bool=True # Whether to load the weights; else they are random, as a baseline
+    trained:bool=True # Whether to load the weights; else they are random, and a baseline (`measure_batch_norms`)
 ) -> Learner: # Of a `ReSSLModel`
     "A learner with the encoder in `file`"
     state = read_encoder(file)
@@ -385,4 +386,5 @@ def encoder_learner(
     enc.view_size = state['view_size']
     if trained: load_encoder(enc, file)
     same_normalize(dls, state['normalize'], file)
-    return Learner(dls, ReSSLModel(enc, queue_size=1, n_hidden=8, dim=8), loss_func=embedding_loss)
+    learn = Learner(dls, ReSSLModel(enc, queue_size=1, n_hidden=8, dim=8), loss_func=embedding_loss)
+    return learn if trained else measure_batch_norms(learn)
