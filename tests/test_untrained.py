@@ -12,8 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from ressl_fastai.batch_norm import batch_norm_kinds
 from ressl_fastai.data import digits_dls, tensor_dls
-from ressl_fastai.evaluate import embed, measure_batch_norms
-from ressl_fastai.label_efficiency import _fresh, _linear, draw_labels
+from ressl_fastai.evaluate import measure_batch_norms
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.loaders import clean_dl
 from ressl_fastai.models import small_resnet
@@ -93,17 +92,3 @@ def test_the_untrained_encoder_of_a_file_has_them(tmp_path):
     assert not same(statistics(found), fresh_statistics(found))
     kept = encoder_learner(file, digits_dls(size=16, bs=64)).model.encoder
     assert same(statistics(kept), statistics(learn.model.encoder))
-
-def test_label_efficiency_compares_with_them():
-    "The row is logistic regression on a fresh encoder with statistics, not on one without"
-    learn = make()
-    dls = learn.dls
-    df = learn.label_efficiency(dls, labels_per_class=10, seeds=(0,), rows=('random encoder',))
-    y,valid_y = (embed(learn, dl)[1] for dl in dls)
-    idxs = draw_labels(y, 10, seed=0)
-    def accuracy(fresh):
-        pred = _linear(embed(fresh, dls.train)[0], y, embed(fresh, dls.valid)[0])(idxs, 0)
-        return (pred==valid_y.numpy()).mean()
-    with_them,without = accuracy(measure_batch_norms(_fresh(learn, None, 0))),accuracy(_fresh(learn, None, 0))
-    assert df.accuracy.item()==with_them
-    assert with_them!=without
