@@ -8,7 +8,7 @@ from ressl_fastai.curate import typiclust
 from ressl_fastai.data import cached_dls, digits_dls, find_images, folder_dls, tensor_dls
 from ressl_fastai.distributed import join_processes, memory_plan
 from ressl_fastai.evaluate import (KNNAccuracy, LinearProbe, embed, fit_logistic, knn_accuracy, linear_accuracy,
-                                   pixel_features)
+                                   measure_batch_norms, pixel_features)
 from ressl_fastai.feature_queue import FeatureQueue, default_queue_size
 from ressl_fastai.fingerprint import data_fingerprint
 from ressl_fastai.health import Guard, HealthMonitor

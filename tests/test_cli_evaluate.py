@@ -69,7 +69,8 @@ def test_numbers_are_those_of_the_saved_encoder(tmp):
     assert np.asarray(Image.open(tmp/'out'/'label_efficiency.png').convert('L')).std()>10
 
 def test_the_random_encoder_alone_is_in_half_precision_and_only_where_that_is_right(tmp, monkeypatch):
-    "The exact features, up to the eight bits of bfloat16; the encoder that is judged stays in float32"
+    """The exact features, up to the eight bits of bfloat16 in each of some twenty layers: twice 2**-8 times the root of
+    20; the encoder that is judged stays in float32"""
     from ressl_fastai import runs
     how = dict(valid_pct=0.3, num_workers=0, seed=0, skip_bad=False)
     learn,random_learn,*_ = runs._prepared(str(tmp/'run'), str(tmp/'digits'), None, None, 'logistic', how)
@@ -82,7 +83,7 @@ def test_the_random_encoder_alone_is_in_half_precision_and_only_where_that_is_ri
     exact = runs._embedded(learner(), random_learn.dls.train)[0]
     half,float32,faulty = rough(torch.bfloat16),rough(None),rough(torch.bfloat16, 'wrong')
     assert (float32==exact).all() and (faulty==exact).all()
-    assert 0<(half-exact).norm()/exact.norm()<2**-6 and half.dtype==torch.float32
+    assert 0<(half-exact).norm()/exact.norm()<20**0.5*2**-7 and half.dtype==torch.float32
     seen = []
     monkeypatch.setattr(runs, '_roughly_embedded', lambda learn, dl: seen.append(learn) or runs._embedded(learn, dl))
     runs._scores(learn, random_learn, 20, 'logistic', 0)
