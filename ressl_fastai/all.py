@@ -1,7 +1,7 @@
 "Everything that users call, for `from ressl_fastai.all import *`: fastai's vision API and ours"
 from fastai.vision.all import *
 
-from ressl_fastai.batch_norm import batch_norms, set_batch_norm, split_batch_norm
+from ressl_fastai.batch_norm import FrozenBatchNorm, batch_norms, set_batch_norm, split_batch_norm
 from ressl_fastai.callback import InfoNCEWarmup, ReSSL
 from ressl_fastai.checkpoint import Checkpoint
 from ressl_fastai.curate import typiclust

@@ -14,7 +14,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/batch_norm.html.md"""
 
 # %% auto #0
 __all__ = ['batch_norms', 'split_batch_norm', 'BatchNormNd', 'SplitBatchNorm', 'SyncedBatchNorm', 'SplitBatchNormAct',
-           'SyncedBatchNormAct', 'batch_norm_kinds', 'set_batch_norm', 'shuffled']
+           'SyncedBatchNormAct', 'batch_norm_kinds', 'set_batch_norm', 'FrozenBatchNorm', 'shuffled']
 
 # %% ../nbs/03_batch_norm.ipynb #1ebaa807
 from numbers import Integral
@@ -22,6 +22,8 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.torch_core import get_model
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -202,6 +204,17 @@ def set_batch_norm(
         for nm,m in parent._modules.items():
             if m in new: parent._modules[nm] = new[m]
     return new.get(model, model)
+
+# %% ../nbs/03_batch_norm.ipynb #fbn00002
+class FrozenBatchNorm(Callback):
+    """Batch norms of both encoders compute by their running statistics and keep them, as in evaluation; their weights
+    are trained"""
+    run_valid = False
+    def before_train(self):  # after fastai has set training mode
+        model = get_model(self.model)
+        for net in (model.encoder, model.teacher[0]):
+            for m in net.modules():
+                if isinstance(m, _BatchNorm): m.eval()
 
 # %% ../nbs/03_batch_norm.ipynb #c7482ecd
 def shuffled(

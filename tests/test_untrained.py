@@ -4,13 +4,15 @@
 from copy import deepcopy
 
 import pytest, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from ressl_fastai.batch_norm import batch_norm_kinds
+from ressl_fastai.batch_norm import FrozenBatchNorm, batch_norm_kinds
 from ressl_fastai.data import digits_dls, tensor_dls
 from ressl_fastai.evaluate import measure_batch_norms
 from ressl_fastai.learner import ressl_learner
@@ -92,3 +94,24 @@ def test_the_untrained_encoder_of_a_file_has_them(tmp_path):
     assert not same(statistics(found), fresh_statistics(found))
     kept = encoder_learner(file, digits_dls(size=16, bs=64)).model.encoder
     assert same(statistics(kept), statistics(learn.model.encoder))
+
+@pytest.mark.parametrize('kwargs', [{}, dict(batch_norm='split', n_splits=4)])
+def test_frozen_statistics_stay_in_student_and_teacher(kwargs):
+    """Catches: fastai's training mode that comes after, a teacher that is forgotten, statistics that stay but are not
+    used, a projector whose new batch norm is frozen, too"""
+    learn = measure_batch_norms(make(projector_bn=True, **kwargs))
+    learn.model.teacher[0].load_state_dict(learn.model.encoder.state_dict())
+    encoders = learn.model.encoder,learn.model.teacher[0]
+    before,weights = deepcopy([statistics(e) for e in encoders]),[o.clone() for o in encoders[0].parameters()]
+    used,new = [],[]
+    class Look(Callback):
+        run_valid = False
+        def after_pred(self):
+            used.extend(m.training for e in encoders for m in e.modules() if isinstance(m, _BatchNorm))
+            new.extend(m.training for m in self.model.projector.modules() if isinstance(m, _BatchNorm))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=[FrozenBatchNorm(), Look()])
+    assert used and not any(used) and new and all(new)
+    assert all(torch.equal(a, b) for e,was in zip(encoders, before) for a,b in zip(statistics(e), was, strict=True))
+    assert not any(map(torch.equal, weights, encoders[0].parameters()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)  # control: without it
+    assert not same(statistics(encoders[0]), before[0])
