@@ -122,7 +122,7 @@ def test_pretrained_weights_bring_their_statistics(monkeypatch):
         assert norm.mean.flatten().tolist()==pytest.approx(list(stats))
 
 def test_timm_modules_bring_their_statistics():
-    "They may hold pretrained weights, which ImageNet's statistics would not suit; a network of another library has none"
+    "They may hold pretrained weights, which ImageNet's statistics would not suit; other networks say none"
     net = timm.create_model('tf_efficientnet_lite0')
     assert net.default_cfg['mean']!=imagenet_stats[0]
     for arch,mean in ((net, net.default_cfg['mean']), (Own(), imagenet_stats[0])):
