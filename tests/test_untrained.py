@@ -30,7 +30,7 @@ def same(a, b): return all(torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x,y in
 def images(learn): return torch.cat([x for x,*_ in clean_dl(learn.dls.train)])
 
 def fresh_statistics(net):
-    "Of all pictures, by PyTorch's own function"
+    "Those that batch norms begin with: means 0 and variances 1, in turn"
     return [torch.zeros_like(o) if i%2==0 else torch.ones_like(o) for i,o in enumerate(statistics(net))]
 
 def test_statistics_are_those_of_update_bn():
