@@ -18,6 +18,7 @@ question is that of somebody who has the file.
 - `continued`: `learn.load_encoder(file)`, then as from scratch
 - `lr / 4`, `lr / 16`: the same with lower learning rates
 - `relations alone`: the same with `warmup=None`
+- `statistics kept`: the same with `FrozenBatchNorm`
 - `half frozen`: two of the body's four stages keep their weights, but for those of batch norms (`splitter`,
   `learn.freeze_to(1)`)
 - `frozen, then all`: the projector alone for a fifth of the time (`learn.freeze()`), then everything"""
@@ -34,6 +35,7 @@ from torch.optim.swa_utils import update_bn
 from common import receipt
 from hand_over import train
 from levers import imagenet, load, quality
+from ressl_fastai.batch_norm import FrozenBatchNorm
 from ressl_fastai.data import tensor_dls
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.models import small_resnet
@@ -89,6 +91,7 @@ rows = {
     'lr / 4': dict(lr=1/4),
     'lr / 16': dict(lr=1/16),
     'relations alone': dict(warmup=None),
+    'statistics kept': dict(cbs=FrozenBatchNorm),
     'half frozen': dict(frozen=1, splitter=halves),
     'frozen, then all': dict(warm=0.2),
 }

@@ -1,6 +1,7 @@
 """An untrained encoder as a baseline has the batch statistics of the images: those it begins with, mean 0 and variance
 1, make it a worse one than it could be, and a training of a few steps looks better than it is."""
 
+import json
 from copy import deepcopy
 
 import pytest, torch, torch.nn.functional as F
@@ -12,9 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from ressl_fastai import cli, runs
 from ressl_fastai.batch_norm import FrozenBatchNorm, batch_norm_kinds
 from ressl_fastai.data import digits_dls, tensor_dls
-from ressl_fastai.evaluate import measure_batch_norms
+from ressl_fastai.evaluate import knn_accuracy, measure_batch_norms
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.loaders import clean_dl
 from ressl_fastai.models import small_resnet
@@ -115,3 +117,28 @@ def test_frozen_statistics_stay_in_student_and_teacher(kwargs):
     assert not any(map(torch.equal, weights, encoders[0].parameters()))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)  # control: without it
     assert not same(statistics(encoders[0]), before[0])
+
+def test_the_random_encoder_of_a_run_has_the_statistics_of_the_images(tmp_path, monkeypatch):
+    """Catches: those it begins with, those that training left, the trained encoder, the held-out images; batch norm in
+    half precision moves single images of the 360 (see `_roughly_embedded`)"""
+    first = []
+    def spy(learn):
+        first.append(deepcopy(learn.model.encoder))
+        return measure_batch_norms(learn)
+    monkeypatch.setattr(runs, 'measure_batch_norms', spy)
+    out = tmp_path/'run'
+    cli.ressl_pretrain('digits', out=str(out), epochs=1, size=8, num_workers=0, no_report=True)
+    found = json.loads((out/'config.json').read_text())['knn_accuracy']
+    dls = digits_dls(size=8, bs=64)
+    x,y = (torch.cat(o) for o in zip(*clean_dl(dls.train)))
+    valid_x,valid_y = (torch.cat(o) for o in zip(*clean_dl(dls.valid)))
+    def knn(net):
+        with torch.no_grad(): feats = [net.eval()(o) for o in (x, valid_x)]
+        return knn_accuracy(feats[0], y, feats[1], valid_y)
+    net, = first
+    assert same(statistics(net), fresh_statistics(net))
+    begun = knn(deepcopy(net))
+    update_bn(x.split(64), net)
+    assert knn(net)==pytest.approx(found['random encoder'], abs=4/360)
+    assert abs(begun-found['random encoder'])>8/360
+    assert abs(found['pretrained encoder']-found['random encoder'])>8/360
