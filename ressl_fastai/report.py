@@ -17,7 +17,7 @@ Docs: https://ressl-fastai.github.io/ressl_fastai/report.html.md"""
 __all__ = ['template', 'render']
 
 # %% ../nbs/35_report.ipynb #rp04imp
-import base64, platform, warnings
+import base64, math, platform, warnings
 from datetime import datetime
 from io import BytesIO
 from numbers import Integral
@@ -265,29 +265,34 @@ def run_section(learn, seen):
 
 # %% ../nbs/35_report.ipynb #rp26cur
 def fallen_accuracy(
-    history:DataFrame # One row for each epoch, with train_loss
+    history:DataFrame, # One row for each epoch, with train_loss
+    n:int # Images that accuracies were measured on
 ) -> list: # A sentence, or none
-    "What to say if an accuracy fell while the loss went on falling"
+    "What to say if an accuracy fell by more than chance while the loss went on falling"
     for nm in history:
         y,loss = history[nm].ffill(),history.train_loss
         if 'accuracy' not in nm or y.isna().all(): continue
         best = y.idxmax()
-        if y.iloc[-1]<y[best]-0.02 and loss.iloc[-1]<loss[best]: return [
+        chance = 2*math.sqrt(y[best]*(1-y[best])/n)  # two standard errors
+        if y.iloc[-1]<y[best]-max(0.02, chance) and loss.iloc[-1]<loss[best]: return [
             f"{nm} fell from {y[best]:.3f} in epoch {best+1} to {y.iloc[-1]:.3f} while the loss went on falling: "
             "the views make alike what your classes tell apart. Try milder colour first, in Python "
             "strong_tfms(size, jitter=(0.2,0.2,0.2,0.02), gray_p=0), then milder crops, scale=(0.5,1), "
             "in the shell --min-scale=0.5."]
     return []
 
-def no_better_than_pixels(
+def no_better(
     accuracy:float, # Of nearest neighbours in the features, 0 to 1
-    pixels:float # The same in raw pixels
+    others:dict # The same in what costs nothing, by name
 ) -> list: # A sentence, or none
-    "What to say if the features are not worth more than the pixels"
-    if accuracy>pixels: return []
-    return [f"Nearest neighbours of the encoder ({accuracy:.3f}) are right no more often than those of raw pixels "
-            f"({pixels:.3f}): it is of no use yet. Train longer, or choose views that keep what tells your classes "
-            "apart. Small, grey, centred pictures favour raw pixels."]
+    "What to say if the features are not worth more than what costs nothing"
+    level = {k:v for k,v in others.items() if v>=accuracy}
+    if not level: return []
+    named = ' and of '.join(f'{k} ({v:.3f})' for k,v in level.items())
+    grey = " Small, grey, centred pictures favour raw pixels." if 'raw pixels' in level else ""
+    return [f"Nearest neighbours of the encoder ({accuracy:.3f}) are right no more often than those of "
+            f"{named}: it is of no use yet. Train longer, or choose views that keep what tells your classes "
+            f"apart.{grey}"]
 
 def _pixels_level(learn, seen):
     "Accuracy of raw pixels with as many labels as `knn_accuracy` has, or by name how many they are"
@@ -307,7 +312,7 @@ def curves_section(learn, seen):
         levels = _pixels_level(learn, seen) if pixels else {}
         figures.append(_figure(_lines, f'{o} by epoch', f'{o} by epoch', levels, **{o:history[o]}))
     figures.append(_figure(_lines, 'learning rate by step', 'learning rate by step', lr=learn.recorder.lrs))
-    return dict(figures=figures, warnings=fallen_accuracy(history),
+    return dict(figures=figures, warnings=fallen_accuracy(history, learn.dls.valid.n) if learn.dls.valid.n else [],
                 text="The loss is measured against a teacher that moves and sharpens: it need not fall for the encoder "
                      "to get better, and a low one is no proof.")
 
@@ -355,7 +360,8 @@ def accuracy_section(learn, seen):
         x,valid_x = principal_components(*_features(seen, nm))
         rows.append((nm, f'{_knn(seen, nm):.3f}', f"{linear_accuracy(x, y, valid_x, valid_y)['top1']:.3f}"))
     pixels,student,wrong,more = rows[0],rows[1],[],""
-    if seen.dl.n==learn.dls.train.n: wrong = no_better_than_pixels(_knn(seen, 'student'), _knn(seen, 'raw pixels'))
+    if seen.dl.n==learn.dls.train.n:
+        wrong = no_better(_knn(seen, 'student'), {'raw pixels':_knn(seen, 'raw pixels')})
     elif 'knn_accuracy' in epoch_table(learn):
         more = f" The column knn_accuracy has the labels of all {learn.dls.train.n:,}, so that its values differ."
     return dict(head=('', 'nearest neighbours', 'linear'), rows=rows, warnings=wrong,

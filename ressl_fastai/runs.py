@@ -51,7 +51,7 @@ from .models import ReSSLModel, create_encoder, get_arch, small_resnet
 from .precision import choose_precision, half_fault
 from .prepare import prepare_images
 from .recipes import recipe as make_recipe, recipe_misfits
-from .report import fallen_accuracy, no_better_than_pixels, versions
+from .report import fallen_accuracy, no_better, versions
 from .transfer import encoder_learner, read_encoder
 from .views import full_size, strong_tfms, weak_tfms
 
@@ -381,7 +381,7 @@ def _begin(learn, out, config, run):
         if text := _before_long(learn, config['size'], config['epochs'], config['bs']): _show(text)
     _show("effective_rank: in how many directions features differ; it may fall or rise, only near 1 is it a collapse")
     if run.labelled:
-        run.pixels,run.random_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)
+        run.pixels,run.first_learn = _knn(pixel_features, dls),Learner(dls, deepcopy(learn.model), loss_func=noop)
         _show(f"kNN accuracy of raw pixels: {run.pixels:.4f}; the column knn_accuracy is that of the encoder")
     return run.folder
 
@@ -406,18 +406,20 @@ def _write_results(learn, run, config, report=True):
     _show(f"\npictures: {out/'views.png'}, {out/'curves.png'}\nencoder:  {out/'encoder.pth'}")
     _show(f"repeat:   {config['command']}")
     if run.labelled:
-        _talk(f"embedding {dls.train.n+dls.valid.n:,} images with a random encoder")
-        random = _knn(partial(_roughly_embedded, measure_batch_norms(run.random_learn)), dls)
-        config['knn_accuracy'] = {'raw pixels':run.pixels, 'random encoder':random,
-                                  'pretrained encoder':float(history.knn_accuracy.iloc[-1])}
+        nm,first_learn = 'random encoder',run.first_learn
+        if config['pretrained']: nm = 'library weights'
+        else: measure_batch_norms(first_learn)
+        _talk(f"embedding {dls.train.n+dls.valid.n:,} images with the {nm}")
+        first,last = _knn(partial(_roughly_embedded, first_learn), dls),float(history.knn_accuracy.iloc[-1])
+        config['knn_accuracy'] = {'raw pixels':run.pixels, nm:first, 'pretrained encoder':last}
         print(f"\nkNN accuracy on the {dls.valid.n} held-out images")
         for k,v in config['knn_accuracy'].items(): print(f"  {k:20} {v:.4f}")
-        pretrained = config['knn_accuracy']['pretrained encoder']
-        for o in fallen_accuracy(history)+no_better_than_pixels(pretrained, run.pixels): print(o)
+        wrong = no_better(last, {'raw pixels':run.pixels, f'the {nm}':first})
+        for o in fallen_accuracy(history, dls.valid.n)+wrong: print(o)
         _write_json(out/'config.json', config)
     if report:
         _show(f"\nreport:   {out/'report.html'}, which takes up to a minute")
-        learn.report(command=config['command'])
+        with nullcontext() if at_terminal() else learn.no_bar(): learn.report(command=config['command'])
     to_disk(out/'history.csv')
     if run.lock: run.lock.close()
     _delete_checkpoint(out/'checkpoint')  # everything else is on the disk now

@@ -350,10 +350,12 @@ def test_the_line_of_raw_pixels_has_the_labels_of_the_curve(labelled):
     assert report._knn(some, 'raw pixels')!=report._knn(whole, 'raw pixels')  # control
 
 def test_an_accuracy_that_falls_with_the_loss_is_said():
-    def said(knn, loss=(3.,2.,1.)):
-        return report.fallen_accuracy(pd.DataFrame(dict(train_loss=loss, valid_loss=1., knn_accuracy=knn)))
+    def said(knn, loss=(3.,2.,1.), n=1000):
+        return report.fallen_accuracy(pd.DataFrame(dict(train_loss=loss, valid_loss=1., knn_accuracy=knn)), n)
     text, = said([0.5,0.7,0.6])
     assert 'fell from 0.700 in epoch 2 to 0.600' in text and 'milder colour' in text
+    assert said([0.75,0.75,35/48], n=48)==said([0.5,0.7,0.6], n=80)==[]  # one image of 48; below 0.102
+    assert said([0.5,0.7,0.6], n=90)                                     # above 0.097
     assert said([0.5,0.6,0.7])==said([0.5,0.7,0.69])==said([float('nan')]*3)==said([0.5,0.7,0.6], (3.,1.,2.))==[]
 
 def test_a_path_of_ones_own_is_made(tmp_path):
@@ -361,11 +363,16 @@ def test_a_path_of_ones_own_is_made(tmp_path):
     assert learn.report(n=20)==tmp_path/'a'/'results'/'report.html' and learn.path.is_dir()
     learn.export('learner.pkl')
 
-def test_features_that_pixels_beat_are_named():
-    assert report.no_better_than_pixels(0.6, 0.5)==[]
+def test_features_that_are_no_better_than_what_costs_nothing_are_named():
+    def said(accuracy, untrained): return report.no_better(accuracy, {'raw pixels':0.5, 'the random encoder':untrained})
+    assert said(0.6, 0.55)==[]
     for accuracy in (0.5,0.4):
-        text, = report.no_better_than_pixels(accuracy, 0.5)
-        assert f'({accuracy:.3f})' in text and '(0.500)' in text and 'Train longer' in text
+        text, = said(accuracy, 0.3)
+        assert f'({accuracy:.3f})' in text and 'those of raw pixels (0.500): ' in text and 'Small, grey' in text
+    text, = said(0.6, 0.7)
+    assert 'those of the random encoder (0.700): ' in text and 'pixels' not in text
+    text, = said(0.4, 0.7)
+    assert 'those of raw pixels (0.500) and of the random encoder (0.700): ' in text
 
 def test_a_report_that_takes_long_has_a_bar_and_others_have_none(labelled, monkeypatch):
     class Bar:

@@ -13,7 +13,7 @@ from fastcore.script import CliError
 from PIL import Image
 from helpers import make, write_digits
 
-from ressl_fastai import runs
+from ressl_fastai import report, runs
 from ressl_fastai.cli import ressl_pretrain
 from ressl_fastai.data import digits_dls
 from ressl_fastai.learner import TimeLeft, duration
@@ -71,7 +71,7 @@ def test_a_run_from_its_first_word_to_its_last(folder):
     wanted = ['looking for images in ims', 'of 61 images looked at, 1 have transparency',
               'decoding 61 images to 8 x 8 pixels', '55 images for training, 6 held out',
               'effective_rank: ', 'kNN accuracy of raw pixels:',
-              'epoch ', '0 ', '1 ', 'pictures:', 'encoder:', 'repeat:', 'embedding 61 images with a random encoder',
+              'epoch ', '0 ', '1 ', 'pictures:', 'encoder:', 'repeat:', 'embedding 61 images with the random encoder',
               'kNN accuracy on the 6', '  raw pixels', '  random encoder', '  pretrained encoder']
     said = iter(lines)
     for o in wanted: assert any(l.startswith(o) for l in said), (o, lines)   # in this order
@@ -87,8 +87,14 @@ def test_ctrl_c_says_what_is_kept(folder):
 
 
 def test_nothing_but_results_where_nobody_watches(folder, monkeypatch, capsys):
+    """No bar of the report, which begins after two seconds, either"""
     monkeypatch.chdir(folder)
-    ressl_pretrain('ims', arch='small_resnet', size=8, bs=16, gray=True, epochs=1, no_report=True, num_workers=0)
+    (nm,section),*_ = report.report_sections
+    def slow(*args):
+        time.sleep(1.1)
+        return section(*args)
+    monkeypatch.setattr(report, 'report_sections', 3*[(nm,slow)])
+    ressl_pretrain('ims', arch='small_resnet', size=8, bs=16, gray=True, epochs=1, num_workers=0)
     out = capsys.readouterr().out
     assert '\r' not in out and not re.search('looking for|decoding|embedding|% \\[', out)
     assert out.index('raw pixels') < out.index('train_loss')

@@ -12,6 +12,8 @@ from fastcore.basics import noop
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
+from torchvision.models import _api, resnet18
+from helpers import write_digits
 
 from ressl_fastai import cli, runs
 from ressl_fastai.batch_norm import FrozenBatchNorm, batch_norm_kinds
@@ -142,3 +144,24 @@ def test_the_random_encoder_of_a_run_has_the_statistics_of_the_images(tmp_path, 
     assert knn(net)==pytest.approx(found['random encoder'], abs=4/360)
     assert abs(begun-found['random encoder'])>8/360
     assert abs(found['pretrained encoder']-found['random encoder'])>8/360
+
+def test_a_run_that_begins_with_the_librarys_weights_is_compared_with_these(tmp_path, monkeypatch):
+    "As they are; catches: weights of ImageNet that are called random, or get other statistics"
+    weights = resnet18().state_dict()
+    for k,v in weights.items():
+        if 'running_mean' in k: v.normal_()
+    monkeypatch.setattr(_api, 'load_state_dict_from_url', lambda *args, **kwargs: weights)
+    compared = []
+    real = runs._roughly_embedded
+    def spy(learn, dl):
+        compared.append(deepcopy(learn.model.encoder))
+        return real(learn, dl)
+    monkeypatch.setattr(runs, '_roughly_embedded', spy)
+    write_digits(tmp_path/'ims', 60)
+    out = tmp_path/'run'
+    cli.ressl_pretrain(str(tmp_path/'ims'), out=str(out), size=16, epochs=1, bs=16, pretrained=True, num_workers=0,
+                       no_report=True)
+    assert list(json.loads((out/'config.json').read_text())['knn_accuracy'])==[
+        'raw pixels','library weights','pretrained encoder']
+    expected = [v for k,v in weights.items() if 'running' in k]
+    assert compared and all(torch.equal(a, b) for a,b in zip(statistics(compared[0]), expected, strict=True))
