@@ -210,11 +210,19 @@ class FrozenBatchNorm(Callback):
     """Batch norms of both encoders compute by their running statistics and keep them, as in evaluation; their weights
     are trained"""
     run_valid = False
-    def before_train(self):  # after fastai has set training mode
+
+    def norms(self):
         model = get_model(self.model)
-        for net in (model.encoder, model.teacher[0]):
-            for m in net.modules():
-                if isinstance(m, _BatchNorm): m.eval()
+        return [m for net in (model.encoder, model.teacher[0]) for m in net.modules() if isinstance(m, _BatchNorm)]
+
+    def before_fit(self):
+        means = [m.running_mean for m in self.norms() if m.running_mean is not None]
+        if means and not any(o.any() for o in means): raise ValueError(
+            "batch_norm='frozen' (FrozenBatchNorm) keeps the statistics that came with the weights, and these weights "
+            "are fresh and have none: load an encoder first, or use batch_norm='plain'")
+
+    def before_train(self):  # after fastai has set training mode
+        for m in self.norms(): m.eval()
 
 # %% ../nbs/03_batch_norm.ipynb #c7482ecd
 def shuffled(

@@ -34,7 +34,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from . import views
-from .batch_norm import set_batch_norm
+from .batch_norm import FrozenBatchNorm, batch_norms, set_batch_norm
 from .callback import InfoNCEWarmup, ReSSL, check_views, default_warmup, resized_views
 from .distributed import ranks_of, training_together
 from .evaluate import KNNAccuracy, embedding_loss
@@ -234,6 +234,13 @@ def _check_split(dl, n_splits):
         "batch_norm='split' needs full batches (drop_last=True) and a bs that is a multiple of "
         f"n_splits={n_splits}, at least twice it, got bs={dl.bs}")
 
+def _batch_norm(kind, pretrained, stem):
+    "Pretrained weights keep their statistics, unless a new first convolution gives them other maps"
+    kinds = *batch_norms,'frozen'
+    if kind=='auto': return 'frozen' if pretrained and stem in ('auto','standard') else 'plain'
+    if kind not in kinds: raise ValueError(f"batch_norm must be one of auto, {', '.join(kinds)}, got {kind!r}")
+    return kind
+
 def _has_classes(dls, y):
     "Whether there is one category per image, and more than one in all"
     several = len(y)!=1 or isinstance(y[0], TensorMultiCategory)  # which is a `TensorCategory`, too
@@ -282,7 +289,7 @@ def ressl_learner(
     predictor_layers:int=0, # Linear layers of the predictor after the student's projector (2203.08717); 0 is none
     predictor_hidden:int=None, # Hidden width of the predictor; default: `n_hidden`
     predictor_bn:bool=True, # Batch norm in the predictor
-    batch_norm:str='plain', # Batch norms of the model: 'plain', 'split' or 'sync'; see `set_batch_norm`
+    batch_norm:str='auto', # 'plain', 'split', 'sync' (`set_batch_norm`), 'frozen', 'auto': frozen with `pretrained`
     n_splits:int=8, # Parts of a batch for 'split'
     metrics=None, # Default: `KNNAccuracy` if `dls` has one category per image
     guard:bool=True, # Whether `Guard` stops a training that has gone wrong, with a word why
@@ -304,18 +311,20 @@ def ressl_learner(
     if isinstance(warmup, str):
         if warmup!='auto': raise ValueError(f"warmup must be 'auto', an InfoNCEWarmup or None, got {warmup!r}")
         warmup = default_warmup
+    batch_norm = _batch_norm(batch_norm, pretrained, stem)
     ressl = ReSSL(weak_tfms, strong_tfms, teacher_momentum, student_temp, teacher_temp, warmup,
                   shuffle=batch_norm=='split')
     model = ReSSLModel(create_encoder(arch, n_in, pretrained, stem, size), queue_size, n_hidden, dim, projector_layers,
                        projector_bn, predictor_layers, predictor_hidden, predictor_bn, queue_dtype)
     if size!=image_size: model.view_size = size
     check_views(model, x, dls.train.bs, weak_tfms=weak_tfms, strong_tfms=strong_tfms)
-    set_batch_norm(model, batch_norm, n_splits)
+    frozen = FrozenBatchNorm() if batch_norm=='frozen' else None
+    if not frozen: set_batch_norm(model, batch_norm, n_splits)
     if batch_norm=='split': _check_split(dls.train, n_splits)
     if metrics is None and _has_classes(dls, y): metrics = KNNAccuracy()
     half = _precision(precision, channels_last, dls, model, size, [weak_tfms, *listify(strong_tfms)])
     learn = ReSSLLearner(dls, model, loss_func=embedding_loss, opt_func=opt_func, splitter=splitter, metrics=metrics,
-                         cbs=L(ressl, half, TimeLeft())+L(Guard() if guard else None)+L(cbs), **kwargs)
+                         cbs=L(ressl, half, TimeLeft())+L(frozen)+L(Guard() if guard else None)+L(cbs), **kwargs)
     if kwargs.get('path') is not None: make_folder(learn.path)  # `report` and `export` write there
     if half.dtype==torch.float16: learn.to_fp16()  # the scaler of gradients
     if get_normalize(dls) is None:

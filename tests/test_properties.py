@@ -259,7 +259,7 @@ learner_args = dict(
     predictor_layers=st.integers(-1, 3),
     predictor_hidden=st.one_of(st.none(), st.integers(1, 9)),
     predictor_bn=st.booleans(),
-    batch_norm=st.sampled_from(['plain', 'split', 'sync', 'group']),
+    batch_norm=st.sampled_from(['auto', 'plain', 'split', 'sync', 'frozen', 'group']),
     n_splits=st.integers(-1, 40),
     stem=st.sampled_from(['auto', 'standard', 'small', 'small_pool', 'tiny']),
     queue_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -268,7 +268,6 @@ also = {
     'queue_size': ['size'],
     'projector_layers': ['n_layers', 'n_layers=0'],
     'predictor_layers': ['n_layers'],
-    'batch_norm': ['kind'],
 }
 
 

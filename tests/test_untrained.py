@@ -120,6 +120,35 @@ def test_frozen_statistics_stay_in_student_and_teacher(kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)  # control: without it
     assert not same(statistics(encoders[0]), before[0])
 
+def with_weights(monkeypatch):
+    "Let torchvision's resnet18 come with weights whose batch norms have statistics; nothing is downloaded"
+    weights = resnet18().state_dict()
+    for k,v in weights.items():
+        if 'running_mean' in k: v.normal_()
+    monkeypatch.setattr(_api, 'load_state_dict_from_url', lambda *args, **kwargs: weights)
+    return [v for k,v in weights.items() if 'running' in k]
+
+@pytest.mark.parametrize('kwargs,frozen', [
+    (dict(pretrained=True), True), (dict(pretrained=True, stem='standard'), True),
+    (dict(pretrained=True, stem='small'), False),  # a new first convolution: its maps have other statistics
+    (dict(pretrained=True, batch_norm='plain'), False), (dict(pretrained=True, batch_norm='split', n_splits=4), False),
+    (dict(batch_norm='frozen'), True), ({}, False)])
+def test_librarys_weights_keep_their_statistics(monkeypatch, kwargs, frozen):
+    with_weights(monkeypatch)
+    learn = ressl_learner(digits_dls(size=32, bs=64), resnet18, metrics=[], queue_size=64, n_hidden=16, dim=8, **kwargs)
+    assert any(isinstance(o, FrozenBatchNorm) for o in learn.cbs)==frozen
+
+def test_fresh_weights_have_no_statistics_to_keep():
+    "Refused before anything is trained; those of a file are kept"
+    learn = make(batch_norm='frozen')
+    before = deepcopy(learn.model.state_dict())
+    with pytest.raises(ValueError, match='load an encoder first'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
+    measure_batch_norms(learn)
+    kept = deepcopy(statistics(learn.model.encoder))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(map(torch.equal, statistics(learn.model.encoder), kept))
+
 def test_the_random_encoder_of_a_run_has_the_statistics_of_the_images(tmp_path, monkeypatch):
     """Catches: those it begins with, those that training left, the trained encoder, the held-out images; batch norm in
     half precision moves single images of the 360 (see `_roughly_embedded`)"""
@@ -147,10 +176,7 @@ def test_the_random_encoder_of_a_run_has_the_statistics_of_the_images(tmp_path, 
 
 def test_a_run_that_begins_with_the_librarys_weights_is_compared_with_these(tmp_path, monkeypatch):
     "As they are; catches: weights of ImageNet that are called random, or get other statistics"
-    weights = resnet18().state_dict()
-    for k,v in weights.items():
-        if 'running_mean' in k: v.normal_()
-    monkeypatch.setattr(_api, 'load_state_dict_from_url', lambda *args, **kwargs: weights)
+    expected = with_weights(monkeypatch)
     compared = []
     real = runs._roughly_embedded
     def spy(learn, dl):
@@ -163,5 +189,4 @@ def test_a_run_that_begins_with_the_librarys_weights_is_compared_with_these(tmp_
                        no_report=True)
     assert list(json.loads((out/'config.json').read_text())['knn_accuracy'])==[
         'raw pixels','library weights','pretrained encoder']
-    expected = [v for k,v in weights.items() if 'running' in k]
     assert compared and all(torch.equal(a, b) for a,b in zip(statistics(compared[0]), expected, strict=True))
