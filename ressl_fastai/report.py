@@ -291,8 +291,8 @@ def no_better(
     named = ' and of '.join(f'{k} ({v:.3f})' for k,v in level.items())
     grey = " Small, grey, centred pictures favour raw pixels." if 'raw pixels' in level else ""
     return [f"Nearest neighbours of the encoder ({accuracy:.3f}) are right no more often than those of "
-            f"{named}: it is of no use yet. Train longer, or choose views that keep what tells your classes "
-            f"apart.{grey}"]
+            f"{named}: training has gained nothing yet. Train longer, or choose views that keep what tells your "
+            f"classes apart.{grey}"]
 
 def _pixels_level(learn, seen):
     "Accuracy of raw pixels with as many labels as `knn_accuracy` has, or by name how many they are"
