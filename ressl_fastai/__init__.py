@@ -1,6 +1,6 @@
 """Modules:
 
-- `ressl_fastai.batch_norm`: Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
+- `ressl_fastai.batch_norm`: Batch norm over parts of the batch, as several GPUs would compute it, over all GPUs, or by the statistics that weights came with; and shuffled batches.
 - `ressl_fastai.callback`: `ReSSL`, the fastai callback: when views are made, the teacher follows and the queue moves on.
 - `ressl_fastai.checkpoint`: `Checkpoint('run')`: after a crash the same line goes on where the training was, bit for bit.
 - `ressl_fastai.checkpoint_file`: The file of a checkpoint: ordinary Python values as plain types, whole or not there, the last good one found.

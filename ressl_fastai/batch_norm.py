@@ -1,11 +1,12 @@
-"""Batch norm over parts of the batch, as several GPUs would compute it, or over all GPUs; and shuffled batches.
+"""Batch norm over parts of the batch, as several GPUs would compute it, over all GPUs, or by the statistics that weights came with; and shuffled batches.
 
 The official code trains on eight GPUs: batch norm sees 32 of 256 images, and the teacher's images are dealt to the
 GPUs anew (shuffling BN: MoCo, 1911.05722, section 3.3). The authors' code for small images does the same on one GPU,
 which here takes `set_batch_norm(model, 'split')` and `shuffled(teacher, x)`; `set_batch_norm(model, 'sync')` is the
 opposite.
 
-All of it is optional and plain batch norm the default. MoCo has to hide its positive pair, which shared statistics
+All of it is optional. Plain batch norm is the default, but with `pretrained=True`, whose weights keep their statistics
+(`FrozenBatchNorm`). MoCo has to hide its positive pair, which shared statistics
 give away; ReSSL's softmax holds no positive, so there is less to hide and the gain is unknown.
 
 Docs: https://ressl-fastai.github.io/ressl_fastai/batch_norm.html.md"""

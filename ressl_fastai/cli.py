@@ -121,7 +121,7 @@ def ressl_pretrain(
     student_temp:float=None, # Temperature of the student's relation; 0.1 if not given
     teacher_temp:float=None, # Temperature of the teacher's relation; 0.04 if not given
     stem:str=None, # First layers: standard, small_pool (3x3 stride 1), small (and no max-pool); by size if not given
-    pretrained:bool=False, # Start from the library's weights (a download), whose batch norms keep their statistics
+    pretrained:bool=False, # Start from the library's weights (a download); their statistics stay, but in recipes
     predictor_layers:int=None, # Linear layers of a predictor after the student's projector; none if not given
     infonce_epochs:float=None, # Epochs of InfoNCE loss before the relational loss, 0: none; default: ever less of it
     gray:bool=False, # Images with one channel

@@ -21,8 +21,8 @@ from ressl_fastai.data import digits_dls, tensor_dls
 from ressl_fastai.evaluate import knn_accuracy, measure_batch_norms
 from ressl_fastai.learner import ressl_learner
 from ressl_fastai.loaders import clean_dl
-from ressl_fastai.models import small_resnet
-from ressl_fastai.transfer import encoder_learner
+from ressl_fastai.models import create_encoder, small_resnet
+from ressl_fastai.transfer import encoder_learner, load_encoder
 
 def make(dls=None, **kwargs):
     set_seed(0)
@@ -175,7 +175,7 @@ def test_the_random_encoder_of_a_run_has_the_statistics_of_the_images(tmp_path, 
     assert abs(found['pretrained encoder']-found['random encoder'])>8/360
 
 def test_a_run_that_begins_with_the_librarys_weights_is_compared_with_these(tmp_path, monkeypatch):
-    "As they are; catches: weights of ImageNet that are called random, or get other statistics"
+    "As they are; catches: weights of ImageNet that are called random, or get other statistics, then or in training"
     expected = with_weights(monkeypatch)
     compared = []
     real = runs._roughly_embedded
@@ -190,3 +190,6 @@ def test_a_run_that_begins_with_the_librarys_weights_is_compared_with_these(tmp_
     assert list(json.loads((out/'config.json').read_text())['knn_accuracy'])==[
         'raw pixels','library weights','pretrained encoder']
     assert compared and all(torch.equal(a, b) for a,b in zip(statistics(compared[0]), expected, strict=True))
+    trained = load_encoder(create_encoder(resnet18, size=16, stem='standard'), out/'encoder.pth')
+    assert all(torch.equal(a, b) for a,b in zip(statistics(trained), expected, strict=True))
+    assert not torch.equal(next(trained.parameters()), next(compared[0].parameters()))
